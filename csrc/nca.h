@@ -1,0 +1,76 @@
+// The kernels' declarations, the same on every device: nca::cpu and nca::cuda offer the functions below.
+// Plain addresses, sizes and strides only: no PyTorch header, so one build serves every PyTorch version.
+// The caller has checked every argument; nothing here does it again.
+#pragma once
+#include <cstdint>
+
+namespace nca {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Where to run: CPU threads (cpu), or the device index and its stream (cuda).
+struct Launch {
+  int threads;
+  int device;
+  std::uintptr_t stream;
+};
+
+// Log-probs of labels under softmax(z), z = softcap * tanh(scale * logits / softcap), for rows (n, t) of [N, T, V].
+struct TokenLogps {
+  const void* logits;           // [N, T, V], dtype, last stride 1
+  DType dtype;
+  std::int64_t N, T, V;
+  std::int64_t stride_n, stride_t;  // in elements
+  const std::int64_t* labels;   // [N, T] contiguous
+  std::int64_t ignore_index;    // rows with this label are not read: logp 0, stats (0, 1, 0), gradient 0
+  float scale;
+  float softcap;                // 0: none
+  // The columns at hand are [vocab_start, vocab_start + V) of a vocabulary of vocab_total (vocabulary-parallel heads).
+  // A label in [0, vocab_total) that another slice holds is legal: its target is 0 here, and no column is its onehot.
+  std::int64_t vocab_start, vocab_total;
+  float* logps;                 // [N, T] out of forward: target - max - log(sum)
+  float* stats;                 // [3, N, T] out of forward, in of backward: max z, sum exp(z - max), target z
+  // Backward only.
+  const float* dlogps;          // [N, T] contiguous
+  void* dlogits;                // [N, T, V], dtype; may be logits itself
+  std::int64_t dstride_n, dstride_t;
+};
+
+enum Loss : int { kInfoNCA = 0, kNCA = 1, kDPO = 2, kIPO = 3, kKTO = 4 };
+enum Pairs : int { kBestVsRest = 0, kAll = 1 };
+enum Reduction : int { kMean = 0, kSum = 1, kNone = 2 };
+
+// The K-way loss of every prompt, its implicit rewards and its derivative, in one launch. All [B, K] contiguous.
+struct GroupLoss {
+  Loss name;
+  Pairs pairs;
+  Reduction reduction;
+  std::int64_t B, K;
+  const float* logps;
+  const float* ref_logps;
+  const float* scores;
+  const bool* mask;        // null: every response counts
+  const float* lengths;    // null: log-probs are token averages already (IPO)
+  const bool* desirable;   // null: the best-scored responses (KTO)
+  const float* baseline;   // one value, null: 0 (KTO); taken as max(baseline, 0)
+  float beta, alpha;
+  float* loss;             // [1], or [B] with kNone
+  float* rewards;          // [B, K]
+  float* dlogps;           // [B, K]: d loss / d logps, the reduction's factor included
+};
+
+namespace cpu {
+// Both return the first row whose label is neither ignore_index nor in [0, vocab_total), or -1.
+std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
+std::int64_t token_logps_bwd(const TokenLogps&, const Launch&);
+void group_loss_fwd(const GroupLoss&, const Launch&);
+}  // namespace cpu
+
+namespace cuda {
+// No host sync: a row with a bad label gets NaN (logp and gradient), and both return -1.
+std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
+std::int64_t token_logps_bwd(const TokenLogps&, const Launch&);
+void group_loss_fwd(const GroupLoss&, const Launch&);
+}  // namespace cuda
+
+}  // namespace nca
