@@ -1,0 +1,32 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test lint sanitize clean
+
+# Reinstalled when the pins or the sources of the extension change.
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements-torch.txt
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --editable .
+	$(BIN)/python -c "import nca_kernels; print(nca_kernels.explain('cpu', 'token_logps'))"
+	touch $@
+
+demo: install
+	$(BIN)/python -m nca_kernels demo
+
+test: install
+	$(BIN)/python -m pytest --require-backend=cpu,triton,torch
+
+lint: install
+	$(BIN)/ruff check .
+
+sanitize: install
+	$(BIN)/python tests/sanitize.py
+
+clean:
+	rm -rf build out *.egg-info nca_kernels/*.so $(VENV)/.installed

@@ -1,0 +1,119 @@
+// nca::cpu's row kernels: look at the labels, then run the object of the widest instruction set that this machine has.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "nca.h"
+
+namespace nca {
+namespace cpu {
+
+#define NCA_DECLARE(ISA)                                      \
+  namespace ISA {                                             \
+  void token_logps_fwd(const TokenLogps&, const Launch&);     \
+  void token_logps_bwd(const TokenLogps&, const Launch&);     \
+  }
+#ifdef NCA_HAS_AVX512
+NCA_DECLARE(avx512)
+#endif
+#ifdef NCA_HAS_AVX2
+NCA_DECLARE(avx2)
+#endif
+#ifdef NCA_HAS_NEON
+NCA_DECLARE(neon)
+#endif
+#ifdef NCA_HAS_PLAIN
+NCA_DECLARE(plain)
+#endif
+
+namespace {
+
+using Kernel = void (*)(const TokenLogps&, const Launch&);
+
+struct Isa {
+  const char* name;
+  bool supported;
+  Kernel fwd, bwd;
+};
+
+const Isa& pick_isa() {
+  // F16C is older than AVX2, so no machine has AVX2 and FMA without it.
+  static const Isa isas[] = {
+#ifdef NCA_HAS_AVX512
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq"),
+       avx512::token_logps_fwd, avx512::token_logps_bwd},
+#endif
+#ifdef NCA_HAS_AVX2
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::token_logps_fwd,
+       avx2::token_logps_bwd},
+#endif
+#ifdef NCA_HAS_NEON
+      {"neon", true, neon::token_logps_fwd, neon::token_logps_bwd},
+#endif
+#ifdef NCA_HAS_PLAIN
+      {"plain", true, plain::token_logps_fwd, plain::token_logps_bwd},
+#endif
+  };
+  const char* wish = std::getenv("NCA_KERNELS_ISA");
+  std::string possible;
+  for (const Isa& isa : isas) {
+    if (!isa.supported) continue;
+    if (!wish || std::strcmp(wish, isa.name) == 0) return isa;
+    possible += (possible.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("NCA_KERNELS_ISA=" + std::string(wish) + ": this machine and build have " + possible);
+}
+
+const Isa& isa() {
+  static const Isa& picked = pick_isa();
+  return picked;
+}
+
+std::int64_t first_bad_row(const TokenLogps& p) {
+  for (std::int64_t row = 0; row < p.N * p.T; ++row) {
+    const std::int64_t label = p.labels[row];
+    if ((label < 0 || label >= p.vocab_total) && label != p.ignore_index) return row;
+  }
+  return -1;
+}
+
+// A large gradient comes as memory never touched, and a page fault for each 4 KiB costs three times what the kernel does.
+void ask_for_huge_pages(const TokenLogps& p) {
+#ifdef __linux__
+  constexpr std::uintptr_t kHugePage = 2 << 20;
+  const bool dense = p.dstride_t == p.V && p.dstride_n == p.T * p.V;
+  if (p.dlogits == p.logits || !dense) return;
+  const std::uintptr_t bytes = p.N * p.T * p.V * (p.dtype == kFloat32 ? 4 : 2);
+  const auto begin = reinterpret_cast<std::uintptr_t>(p.dlogits);
+  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  // Only a hint: where it fails, nothing is lost but time.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+std::int64_t token_logps_fwd(const TokenLogps& p, const Launch& launch) {
+  const std::int64_t bad_row = first_bad_row(p);
+  if (bad_row < 0) isa().fwd(p, launch);
+  return bad_row;
+}
+
+std::int64_t token_logps_bwd(const TokenLogps& p, const Launch& launch) {
+  const std::int64_t bad_row = first_bad_row(p);
+  if (bad_row >= 0) return bad_row;
+  ask_for_huge_pages(p);
+  isa().bwd(p, launch);
+  return bad_row;
+}
+
+}  // namespace cpu
+}  // namespace nca

@@ -1,0 +1,184 @@
+// Vectors of float32 and the few instructions that the vector extensions of GCC and Clang have no word for.
+// Included by objects compiled for one instruction set each. Everything here is static: an inline function with a name
+// that the linker may merge could leave AVX-512 code in the object that runs on a machine without it.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+// GCC 12's own AVX-512 header trips this warning in whatever it is inlined into (GCC bug 105593).
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "nca.h"
+
+namespace nca {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
+
+template <class V>
+V load(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+void store(void* to, V v) {
+  memcpy(to, &v, sizeof v);
+}
+
+Vec splat(float x) { return x - Vec{}; }  // x - 0 keeps -0 and NaN
+
+// a > b ? a : b, so a NaN in b comes out, one in a need not.
+Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#elif defined(__aarch64__)
+  return vmaxq_f32(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Adding 1.5 * 2^23 leaves no bits for a fraction.
+constexpr float kRounder = 12582912.f;
+
+// To the nearest integer, for |x| < 2^22.
+Vec round(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return (x + kRounder) - kRounder;
+#endif
+}
+
+// a * 2^n for integers n in [-190, 63], denormal results included.
+Vec scale_pow2(Vec a, Vec n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(a, n);
+#else
+  // The low bits of n + kRounder + bias are the exponent's; 64 too many keep it above the denormals until the product.
+  const Vec pow2 = (Vec)((Bits)(n + (kRounder + 127 + 64)) << 23);
+  return a * pow2 * 0x1p-64f;
+#endif
+}
+
+float reduce_sum(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// A NaN among the lanes may be dropped.
+float reduce_max(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// The dtypes: memory to float32 and back, rounding to nearest even.
+
+struct Float32 {
+  using Type = float;
+  static Vec get(const Type* from) { return load<Vec>(from); }
+  static void put(Type* to, Vec v) { store(to, v); }
+};
+
+struct BFloat16 {
+  using Type = uint16_t;
+  static Vec get(const Type* from) { return (Vec)(__builtin_convertvector(load<Half>(from), Bits) << 16); }
+  static void put(Type* to, Vec v) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits quiet_nan = (Bits{} + 0x7fc0);
+    store(to, __builtin_convertvector(v == v ? rounded : quiet_nan, Half));
+  }
+};
+
+struct Float16 {
+  using Type = uint16_t;
+#if defined(__AVX512F__)
+  static Vec get(const Type* from) { return _mm512_cvtph_ps(load<__m256i>(from)); }
+  static void put(Type* to, Vec v) { store(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+#elif defined(__AVX2__)
+  static Vec get(const Type* from) { return _mm256_cvtph_ps(load<__m128i>(from)); }
+  static void put(Type* to, Vec v) { store(to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+#elif defined(__aarch64__)
+  static Vec get(const Type* from) { return vcvt_f32_f16(load<float16x4_t>(from)); }
+  static void put(Type* to, Vec v) { store(to, vcvt_f16_f32(v)); }
+#else
+  // Moved into float32's place, a half's bits are its value * 2^-112: the product mends the exponent, denormals too.
+  static Vec get(const Type* from) {
+    const Bits half = __builtin_convertvector(load<Half>(from), Bits);
+    const Bits magnitude = (half & 0x7fff) << 13;
+    const Bits value = (Bits)((Vec)magnitude * 0x1p112f);
+    const Bits inf_or_nan = magnitude | 0x7f800000;
+    return (Vec)((magnitude >= 0x0f800000 ? inf_or_nan : value) | ((half & 0x8000) << 16));
+  }
+  // Adding 0.5, whose ulp is a half's smallest denormal, rounds a denormal to a multiple of it.
+  static void put(Type* to, Vec v) {
+    const Bits sign = ((Bits)v >> 16) & 0x8000;
+    const Bits bits = (Bits)v & 0x7fffffff;
+    const Bits denormal = (Bits)((Vec)bits + 0.5f) - 0x3f000000;
+    const Bits normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
+    const Bits finite = bits < 0x38800000 ? denormal : normal;
+    const Bits overflow = bits > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+    store(to, __builtin_convertvector((bits >= 0x47800000 ? overflow : finite) | sign, Half));
+  }
+#endif
+};
+
+// The first `count` lanes alone are touched in memory; the others are 0.
+template <class Dtype>
+Vec get_some(const typename Dtype::Type* from, int64_t count) {
+  typename Dtype::Type lanes[kLanes] = {};
+  memcpy(lanes, from, count * sizeof *lanes);
+  return Dtype::get(lanes);
+}
+
+template <class Dtype>
+void put_some(typename Dtype::Type* to, Vec v, int64_t count) {
+  typename Dtype::Type lanes[kLanes];
+  Dtype::put(lanes, v);
+  memcpy(to, lanes, count * sizeof *lanes);
+}
+
+}  // namespace
+}  // namespace nca

@@ -1,0 +1,21 @@
+"""Fused kernels for aligning language models with explicit rewards (Chen et al. 2024, arXiv 2402.05369)."""
+
+from ._version import __version__
+from .dispatch import explain
+from .functional import selective_log_softmax, sequence_logps, token_logps
+from .losses import GroupLoss, dpo_loss, group_loss, info_nca_loss, ipo_loss, kto_loss, nca_loss
+
+__all__ = [
+    "GroupLoss",
+    "__version__",
+    "dpo_loss",
+    "explain",
+    "group_loss",
+    "info_nca_loss",
+    "ipo_loss",
+    "kto_loss",
+    "nca_loss",
+    "selective_log_softmax",
+    "sequence_logps",
+    "token_logps",
+]

@@ -1,0 +1,10 @@
+"""The backends, in the order in which ``backend=None`` tries them. A new one is a module of these functions and a line here.
+
+Each offers ``NAME``, ``unsupported(op, device, dtype, loss) -> list of reasons`` and, writing into tensors that it is given,
+``token_logps_fwd``, ``token_logps_bwd`` and ``group_loss_fwd`` (see :mod:`nca_kernels.ops` for their meaning). The last,
+``torch``, has no kernels: the public functions call :mod:`nca_kernels.reference` for it.
+"""
+
+from . import native, plain, triton
+
+BACKENDS = {backend.NAME: backend for backend in (triton, native.cuda, native.cpu, plain)}

@@ -1,0 +1,105 @@
+"""Backends ``cpu`` and ``cuda``: the compiled extension, called with addresses, sizes and strides.
+
+The two extension modules have the same functions (``csrc/nca.h``), so one class serves both. Nothing is loaded before the
+first question: ``import nca_kernels`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# The numbering of csrc/nca.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LOSSES = {"info_nca": 0, "nca": 1, "dpo": 2, "ipo": 3, "kto": 4}
+PAIRS = {"best_vs_rest": 0, "all": 1}
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class NativeBackend:
+    """One of the two extension modules, as a backend."""
+
+    def __init__(self, name: str):
+        self.NAME = name
+
+    @cached_property
+    def _module(self):
+        return importlib.import_module(f"nca_kernels._{self.NAME}")
+
+    def unsupported(
+        self, op: str, device: torch.device, dtype: torch.dtype | None = None, loss: str | None = None
+    ) -> list[str]:
+        reasons = []
+        if device.type != self.NAME:
+            reasons.append(f"runs on {self.NAME} tensors, not on {device.type}")
+        try:
+            _ = self._module
+        except ImportError as error:
+            reasons.append(f"the extension nca_kernels._{self.NAME} was not built or does not load ({error})")
+        if dtype is not None and dtype not in DTYPES:
+            reasons.append(f"has no {dtype} kernel (it has {', '.join(map(str, DTYPES))})")
+        if loss is not None and loss not in LOSSES:
+            reasons.append(f"has no kernel for the loss {loss!r}")
+        return reasons
+
+    def _launch(self, tensor: Tensor):
+        if tensor.is_cuda:
+            stream = torch.cuda.current_stream(tensor.device).cuda_stream
+            return self._module.Launch(device=tensor.device.index, stream=stream)
+        return self._module.Launch(threads=torch.get_num_threads())
+
+    def _token_logps(
+        self, kernel, logits, labels, logps, stats, dlogps, dlogits, ignore_index, scale, softcap, vocab_start, vocab_total
+    ) -> None:
+        N, T, V = logits.shape
+        out = logits if dlogits is None else dlogits
+        arguments = self._module.TokenLogps(
+            logits.data_ptr(), DTYPES[logits.dtype], N, T, V, *logits.stride()[:2], labels.data_ptr(), ignore_index,
+            scale, softcap or 0.0, vocab_start, vocab_total, _address(logps), stats.data_ptr(), _address(dlogps),
+            _address(dlogits), *out.stride()[:2],
+        )  # fmt: skip
+        bad_row = kernel(arguments, self._launch(logits))
+        if bad_row >= 0:
+            label = labels.flatten()[bad_row].item()
+            raise IndexError(
+                f"labels: the label {label} at flat position {bad_row} is neither in [0, {vocab_total}) nor ignore_index "
+                f"({ignore_index})"
+            )
+
+    def token_logps_fwd(
+        self, logits, labels, logps, stats, *, ignore_index, scale, softcap, vocab_start, vocab_total
+    ) -> None:
+        self._token_logps(
+            self._module.token_logps_fwd, logits, labels, logps, stats, None, None,
+            ignore_index, scale, softcap, vocab_start, vocab_total,
+        )  # fmt: skip
+
+    def token_logps_bwd(
+        self, dlogps, logits, labels, stats, dlogits, *, ignore_index, scale, softcap, vocab_start, vocab_total
+    ) -> None:
+        self._token_logps(
+            self._module.token_logps_bwd, logits, labels, None, stats, dlogps, dlogits,
+            ignore_index, scale, softcap, vocab_start, vocab_total,
+        )  # fmt: skip
+
+    def group_loss_fwd(
+        self, name, logps, ref_logps, scores, mask, lengths, desirable, baseline, loss, rewards, dlogps, *,
+        beta, alpha, pairs, reduction,
+    ) -> None:  # fmt: skip
+        arguments = self._module.GroupLoss(
+            LOSSES[name], PAIRS[pairs], REDUCTIONS[reduction], *logps.shape, logps.data_ptr(), ref_logps.data_ptr(),
+            scores.data_ptr(), _address(mask), _address(lengths), _address(desirable), _address(baseline), beta, alpha,
+            loss.data_ptr(), rewards.data_ptr(), dlogps.data_ptr(),
+        )  # fmt: skip
+        self._module.group_loss_fwd(arguments, self._launch(logps))
+
+
+cuda = NativeBackend("cuda")
+cpu = NativeBackend("cpu")

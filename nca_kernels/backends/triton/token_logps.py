@@ -1,0 +1,287 @@
+"""Log-probs of labels, log softmax(z)[label] with z = softcap * tanh(scale * logits / softcap), and their gradient.
+
+A row is read as 16-byte words counted from the boundary at or before its first element, so loads are vectorised at any
+stride, offset and vocabulary size (a pad token makes many vocabularies odd), and alignment never asks for a recompile.
+Elements of the first and last word that belong to a neighbour are dropped; a word never crosses a page, so touching
+them is safe.
+
+In a tile [WORDS, VEC] a word lies in one thread's registers: a maximum and a sum are kept per word's place, and threads
+meet once, at the end of the row. One rescale a word keeps the exponentials at 1 + 1/VEC an element, which matters: two
+an element would use up the H100's special-function units at its memory bandwidth in bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# The maximum's start. Finite, so that -inf logits give exp(-inf - max) = 0 and not exp(-inf + inf) = NaN.
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+# Independent loads in flight per thread: 4 x 16 bytes x 1024 threads is about three times what an H100's memory latency
+# asks of each multiprocessor. 8 would cost the registers of half of those threads.
+_WORDS_PER_THREAD = 4
+
+# One compiled kernel serves every shape: no integer's value and no address enters the compile key.
+_FWD_SCALARS = ["T", "V", "stride_n", "stride_t", "ignore_index", "vocab_start", "vocab_total"]
+_BWD_SCALARS = [*_FWD_SCALARS, "dstride_n", "dstride_t", "blocks"]
+_FWD_POINTERS = ["logits", "labels", "logps", "stats"]
+_BWD_POINTERS = ["dlogps", "logits", "labels", "stats", "dlogits"]
+
+
+@triton.jit
+def _tanh(u):
+    # 1 - 2 / (exp(2u) + 1) cancels near 0; there an odd polynomial, fitted to 1.5e-8 relative on |u| < 0.5.
+    # libdevice's tanh does not exist in the interpreter.
+    s = u * u
+    near_zero = u + u * s * (-0.33333144 + s * (0.1332588 + s * (-0.05304564 + s * 0.017241834)))
+    return tl.where(s < 0.25, near_zero, 1.0 - 2.0 / (tl.exp(2.0 * u) + 1.0))
+
+
+@triton.jit
+def _scaled(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z and dz/dlogits."""
+    z = logits.to(tl.float32) * scale
+    dz = scale
+    if HAS_SOFTCAP:
+        t = _tanh(z * (1.0 / softcap))
+        z = softcap * t
+        dz = scale * (1.0 - t * t)
+    return z, dz
+
+
+@triton.jit
+def _first_word(row, VEC: tl.constexpr):
+    """The 16-byte boundary at or before a row, and the number of elements between them."""
+    lead = ((row.to(tl.int64) % 16) * VEC // 16).to(tl.int32)
+    return tl.multiple_of(row - lead, 16), lead
+
+
+@triton.jit
+def _online(top, total, z):
+    """Take z [WORDS, VEC] into the running maximum and sum of exponentials [WORDS]. NaN lives on in the sum."""
+    new = tl.maximum(top, tl.max(z, axis=1))
+    return new, total * tl.exp(top - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
+
+
+@triton.jit(do_not_specialize=_FWD_SCALARS, do_not_specialize_on_alignment=_FWD_POINTERS)
+def _token_logps_fwd_kernel(
+    logits,  # [N, T, V]
+    labels,  # [N, T]
+    logps,  # [N, T]
+    stats,  # [3, N, T]
+    T,
+    V,
+    stride_n,
+    stride_t,
+    ignore_index,
+    vocab_start,
+    vocab_total,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    WORDS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    label = tl.load(labels + row)
+    ignored = label == ignore_index
+    if ignored | (label < 0) | (label >= vocab_total):
+        fill = tl.where(ignored, 0.0, float("nan"))
+        tl.store(logps + row, fill)
+        tl.store(stats + row, fill)
+        tl.store(stats + rows + row, fill + 1.0)
+        tl.store(stats + 2 * rows + row, fill)
+        return
+
+    first = logits + row // T * stride_n + row % T * stride_t
+    column = label - vocab_start
+    here = (column >= 0) & (column < V)
+    target, _ = _scaled(tl.load(first + column, mask=here, other=0.0), scale, softcap, HAS_SOFTCAP)
+    target = tl.where(here, target, 0.0)
+
+    BLOCK: tl.constexpr = WORDS * VEC
+    first, lead = _first_word(first, VEC)
+    end = lead + V
+    last = (tl.cdiv(end, BLOCK) - 1) * BLOCK
+    words = tl.arange(0, WORDS)[:, None] * VEC
+    lanes = tl.arange(0, VEC)[None, :]
+    top = tl.full([WORDS], _LOWEST, tl.float32)
+    total = tl.zeros([WORDS], tl.float32)
+    # The first and the last block (one and the same in a short row) take masks, those between do without.
+    for start in range(0, end, tl.maximum(last, BLOCK)):
+        at = start + words + lanes
+        x = tl.load(first + at, mask=start + words < end, other=0.0)
+        z, _ = _scaled(x, scale, softcap, HAS_SOFTCAP)
+        top, total = _online(top, total, tl.where((at >= lead) & (at < end), z, float("-inf")))
+    for start in range(BLOCK, last, BLOCK):
+        z, _ = _scaled(tl.load(first + (start + words + lanes)), scale, softcap, HAS_SOFTCAP)
+        top, total = _online(top, total, z)
+
+    row_top = tl.max(top, axis=0)
+    row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
+    row_top = tl.where(row_total == 0.0, float("-inf"), row_top)  # every logit is -inf
+    tl.store(logps + row, target - row_top - tl.log(row_total))
+    tl.store(stats + row, row_top)
+    tl.store(stats + rows + row, row_total)
+    tl.store(stats + 2 * rows + row, target)
+
+
+@triton.jit(do_not_specialize=_BWD_SCALARS, do_not_specialize_on_alignment=_BWD_POINTERS)
+def _token_logps_bwd_kernel(
+    dlogps,  # [N, T]
+    logits,  # [N, T, V]
+    labels,  # [N, T]
+    stats,  # [3, N, T]
+    dlogits,  # [N, T, V]
+    T,
+    V,
+    stride_n,
+    stride_t,
+    dstride_n,
+    dstride_t,
+    ignore_index,
+    vocab_start,
+    vocab_total,
+    blocks,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIKE: tl.constexpr,  # a row of dlogits begins at the same place of its 16-byte word as the row of logits
+    WORDS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    BLOCK: tl.constexpr = WORDS * VEC
+    row = tl.program_id(0).to(tl.int64) // blocks
+    start = (tl.program_id(0) % blocks * BLOCK).to(tl.int32)
+    rows = tl.num_programs(0).to(tl.int64) // blocks
+    label = tl.load(labels + row)
+    dlogp = tl.load(dlogps + row)
+    row_top = tl.load(stats + row)
+    row_total = tl.load(stats + rows + row)
+    target = tl.load(stats + 2 * rows + row)
+    dlogp = tl.where((label >= 0) & (label < vocab_total), dlogp, float("nan"))
+
+    first, lead = _first_word(logits + row // T * stride_n + row % T * stride_t, VEC)
+    dfirst = dlogits + row // T * dstride_n + row % T * dstride_t - lead
+    if ALIKE:
+        dfirst = tl.multiple_of(dfirst, 16)
+    end = lead + V
+    words = start + tl.arange(0, WORDS)[:, None] * VEC
+    at = words + tl.arange(0, VEC)[None, :]
+
+    grad = tl.zeros([WORDS, VEC], tl.float32)
+    if label != ignore_index:
+        z, dz = _scaled(tl.load(first + at, mask=words < end, other=0.0), scale, softcap, HAS_SOFTCAP)
+        p = tl.exp(z - row_top) * (1.0 / row_total)
+        # 1 - p at the label is -expm1(logp) = -2t / (1 - t) with t = tanh(logp / 2): exact where p is near 1.
+        t = _tanh(0.5 * (target - row_top - tl.log(row_total)))
+        grad = tl.where(at - lead == label - vocab_start, -2.0 * t / (1.0 - t), -p) * (dlogp * dz)
+
+    grad = grad.to(dlogits.dtype.element_ty)
+    whole = (words >= lead) & (words + VEC <= end)
+    tl.store(dfirst + at, grad, mask=whole)
+    if (start < lead) | (start + BLOCK > end):  # words shared with a neighbouring row
+        tl.store(dfirst + at, grad, mask=(at >= lead) & (at < end) & (whole == 0))
+
+
+def _num_warps(row_bytes: int, bytes_per_warp: int, most: int) -> int:
+    return min(triton.next_power_of_2(triton.cdiv(row_bytes, bytes_per_warp)), most)
+
+
+def _fwd_launch(V: int, itemsize: int) -> dict[str, int]:
+    """A row to a program: warps for about four trips round the loop, from 1 (8 KiB rows) to 16 (128 KiB and more).
+
+    Not 32: two programs then no longer fit a multiprocessor, and one row's start would wait for another's end.
+    """
+    num_warps = _num_warps(V * itemsize, 8192, 16)
+    return {"WORDS": 32 * num_warps * _WORDS_PER_THREAD, "VEC": 16 // itemsize, "num_warps": num_warps}
+
+
+def _bwd_launch(V: int, itemsize: int) -> dict[str, int]:
+    """A block of up to 16 KiB to a program, without a loop: few rows still fill the GPU."""
+    num_warps = _num_warps(V * itemsize, 2048, 8)
+    return {"WORDS": 32 * num_warps * _WORDS_PER_THREAD, "VEC": 16 // itemsize, "num_warps": num_warps}
+
+
+def token_logps_fwd(
+    logits: torch.Tensor,  # [N, T, V], last stride 1
+    labels: torch.Tensor,  # [N, T] int64
+    logps: torch.Tensor,  # [N, T] float32, out
+    stats: torch.Tensor,  # [3, N, T] float32, out
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    vocab_start: int,
+    vocab_total: int,
+) -> None:
+    N, T, V = logits.shape
+    if N * T == 0:
+        return
+    with torch.cuda.device_of(logits):
+        _token_logps_fwd_kernel[(N * T,)](
+            logits,
+            labels,
+            logps,
+            stats,
+            T,
+            V,
+            logits.stride(0),
+            logits.stride(1),
+            ignore_index,
+            vocab_start,
+            vocab_total,
+            float(scale),
+            float(softcap or 0.0),
+            HAS_SOFTCAP=softcap is not None,
+            **_fwd_launch(V, logits.element_size()),
+        )
+
+
+def token_logps_bwd(
+    dlogps: torch.Tensor,  # [N, T] float32
+    logits: torch.Tensor,  # [N, T, V], last stride 1
+    labels: torch.Tensor,  # [N, T] int64
+    stats: torch.Tensor,  # [3, N, T] float32
+    dlogits: torch.Tensor,  # [N, T, V], last stride 1, out; may be logits itself
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    vocab_start: int,
+    vocab_total: int,
+) -> None:
+    N, T, V = logits.shape
+    if N * T == 0:
+        return
+    itemsize = logits.element_size()
+    launch = _bwd_launch(V, itemsize)
+    strides, dstrides = logits.stride()[:2], dlogits.stride()[:2]
+    aligned = all(x % 16 == 0 for x in (logits.data_ptr(), *(s * itemsize for s in strides)))
+    shifts = [(a - b) * itemsize for a, b in zip(strides, dstrides, strict=True)]
+    alike = all(x % 16 == 0 for x in (logits.data_ptr() - dlogits.data_ptr(), *shifts))
+    blocks = triton.cdiv(V + (0 if aligned else launch["VEC"] - 1), launch["WORDS"] * launch["VEC"])
+    with torch.cuda.device_of(logits):
+        _token_logps_bwd_kernel[(N * T * blocks,)](
+            dlogps,
+            logits,
+            labels,
+            stats,
+            dlogits,
+            T,
+            V,
+            *strides,
+            *dstrides,
+            ignore_index,
+            vocab_start,
+            vocab_total,
+            blocks,
+            float(scale),
+            float(softcap or 0.0),
+            HAS_SOFTCAP=softcap is not None,
+            ALIKE=alike,
+            **launch,
+        )

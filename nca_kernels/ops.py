@@ -1,0 +1,196 @@
+"""The operators: schemas, fakes and autograd. The one file that knows ``torch.library``.
+
+Each implementation allocates the results and hands them to the backend that the caller named; ``torch.compile`` sees
+one opaque operator. The tensors of the row operators are ``logits [N, T, V]``, ``labels [N, T]`` (already shifted),
+``logps [N, T]`` and ``stats [3, N, T]``: the row's maximum, its sum of ``exp(z - max)`` and the label's ``z``, in float32.
+Maximum and sum are kept apart, not as one log-sum-exp: where logits reach 1e4 that number has an ulp of 1e-3 in float32,
+and so would every probability formed from it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+
+LIBRARY = torch.library.Library("nca_kernels", "DEF")
+
+
+def _define(schema: str):
+    """Register the decorated function as the implementation of ``schema`` on every device."""
+    name = LIBRARY.define(schema)
+
+    def register(function):
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.nca_kernels, name).default
+
+    return register
+
+
+def check_labels(labels: Tensor, ignore_index: int, vocab_total: int) -> None:
+    """Raise ``IndexError`` for a label that is neither in ``[0, vocab_total)`` nor ``ignore_index``. Syncs on a GPU."""
+    bad = ((labels < 0) | (labels >= vocab_total)) & (labels != ignore_index)
+    if bad.any():
+        row = bad.flatten().nonzero()[0].item()
+        raise IndexError(
+            f"labels: the label {labels.flatten()[row].item()} at flat position {row} is neither in [0, {vocab_total}) "
+            f"nor ignore_index ({ignore_index})"
+        )
+
+
+def labels_are_checked(labels: Tensor) -> bool:
+    """Always on the CPU; on a GPU, where it costs a sync, by ``NCA_KERNELS_CHECK=1``."""
+    return labels.device.type == "cpu" or os.environ.get("NCA_KERNELS_CHECK") == "1"
+
+
+# --- token_logps ---------------------------------------------------------------------------------------------------
+
+
+@_define(
+    "token_logps(Tensor logits, Tensor labels, int ignore_index, float scale, float? softcap, bool inplace_backward, "
+    "str backend) -> (Tensor logps, Tensor stats)"
+)
+def token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend):
+    if backend != "cpu" and labels_are_checked(labels):  # the cpu kernel looks for itself
+        check_labels(labels, ignore_index, logits.shape[-1])
+    logps, stats = _token_logps_fake(logits, labels, ignore_index, scale, softcap, inplace_backward, backend)
+    BACKENDS[backend].token_logps_fwd(
+        logits, labels, logps, stats,
+        ignore_index=ignore_index, scale=scale, softcap=softcap, vocab_start=0, vocab_total=logits.shape[-1],
+    )  # fmt: skip
+    return logps, stats
+
+
+@torch.library.register_fake("nca_kernels::token_logps", lib=LIBRARY)
+def _token_logps_fake(logits, labels, ignore_index, scale, softcap, inplace_backward, backend):
+    logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+    return logps, torch.empty((3, *labels.shape), dtype=torch.float32, device=logits.device)
+
+
+@_define(
+    "token_logps_bwd(Tensor dlogps, Tensor logits, Tensor labels, Tensor stats, int ignore_index, float scale, "
+    "float? softcap, str backend) -> Tensor dlogits"
+)
+def token_logps_bwd(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _token_logps_bwd(dlogps, logits, labels, stats, dlogits, ignore_index, scale, softcap, backend)
+    return dlogits
+
+
+@torch.library.register_fake("nca_kernels::token_logps_bwd", lib=LIBRARY)
+def _token_logps_bwd_fake(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@_define(
+    "token_logps_bwd_(Tensor dlogps, Tensor(a!) logits, Tensor labels, Tensor stats, int ignore_index, float scale, "
+    "float? softcap, str backend) -> ()"
+)
+def token_logps_bwd_(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
+    _token_logps_bwd(dlogps, logits, labels, stats, logits, ignore_index, scale, softcap, backend)
+
+
+@torch.library.register_fake("nca_kernels::token_logps_bwd_", lib=LIBRARY)
+def _token_logps_bwd_inplace_fake(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
+    return None
+
+
+def _token_logps_bwd(dlogps, logits, labels, stats, dlogits, ignore_index, scale, softcap, backend):
+    BACKENDS[backend].token_logps_bwd(
+        dlogps.contiguous(), logits, labels, stats, dlogits,
+        ignore_index=ignore_index, scale=scale, softcap=softcap, vocab_start=0, vocab_total=logits.shape[-1],
+    )  # fmt: skip
+
+
+def _token_logps_setup(ctx, inputs, output):
+    logits, labels, *ctx.settings = inputs
+    ctx.save_for_backward(logits, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _token_logps_backward(ctx, dlogps, _dstats):
+    if dlogps is None:
+        return (None,) * 7
+    logits, labels, stats = ctx.saved_tensors
+    ignore_index, scale, softcap, inplace_backward, backend = ctx.settings
+    settings = (ignore_index, scale, softcap, backend)
+    if not inplace_backward:
+        return token_logps_bwd(dlogps, logits, labels, stats, *settings), *(None,) * 6
+    if torch.is_grad_enabled():
+        _no_second_derivative()
+    logits = logits.detach()
+    token_logps_bwd_(dlogps, logits, labels, stats, *settings)
+    return logits, *(None,) * 6
+
+
+def _no_second_derivative(*_):
+    raise NotImplementedError(
+        "second derivatives: the kernels of nca_kernels have none; call the function with backend='torch'"
+    )
+
+
+def _no_setup(ctx, inputs, output):
+    pass
+
+
+torch.library.register_autograd(
+    "nca_kernels::token_logps", _token_logps_backward, setup_context=_token_logps_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "nca_kernels::token_logps_bwd", _no_second_derivative, setup_context=_no_setup, lib=LIBRARY
+)
+
+
+# --- group_loss ----------------------------------------------------------------------------------------------------
+
+
+@_define(
+    "group_loss(str name, Tensor logps, Tensor ref_logps, Tensor scores, Tensor? mask, Tensor? lengths, "
+    "Tensor? desirable, Tensor? baseline, float beta, float alpha, str pairs, str reduction, str backend) "
+    "-> (Tensor loss, Tensor rewards, Tensor dlogps)"
+)
+def group_loss(
+    name, logps, ref_logps, scores, mask, lengths, desirable, baseline, beta, alpha, pairs, reduction, backend
+):
+    loss, rewards, dlogps = _group_loss_fake(
+        name, logps, ref_logps, scores, mask, lengths, desirable, baseline, beta, alpha, pairs, reduction, backend
+    )
+    BACKENDS[backend].group_loss_fwd(
+        name, logps, ref_logps, scores, mask, lengths, desirable, baseline, loss, rewards, dlogps,
+        beta=beta, alpha=alpha, pairs=pairs, reduction=reduction,
+    )  # fmt: skip
+    return loss, rewards, dlogps
+
+
+@torch.library.register_fake("nca_kernels::group_loss", lib=LIBRARY)
+def _group_loss_fake(
+    name, logps, ref_logps, scores, mask, lengths, desirable, baseline, beta, alpha, pairs, reduction, backend
+):
+    loss = logps.new_empty(logps.shape[0] if reduction == "none" else ())
+    return loss, torch.empty_like(logps), torch.empty_like(logps)
+
+
+def _group_loss_setup(ctx, inputs, output):
+    _, rewards, dlogps = output
+    ctx.save_for_backward(dlogps)
+    ctx.mark_non_differentiable(rewards, dlogps)
+    ctx.set_materialize_grads(False)
+
+
+def _group_loss_backward(ctx, dloss, _drewards, _ddlogps):
+    (dlogps,) = ctx.saved_tensors
+    if dloss is None:
+        return (None,) * 13
+    if torch.is_grad_enabled():
+        _no_second_derivative()
+    dloss = dloss.unsqueeze(-1) if dloss.ndim else dloss
+    return None, dloss * dlogps, *(None,) * 11
+
+
+torch.library.register_autograd(
+    "nca_kernels::group_loss", _group_loss_backward, setup_context=_group_loss_setup, lib=LIBRARY
+)

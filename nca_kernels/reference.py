@@ -1,0 +1,190 @@
+"""The mathematics in plain PyTorch, in the papers' symbols: backend ``torch``, and the kernels' truth.
+
+Float32 and float64, twice differentiable, no host sync. A masked or ignored entry may hold NaN or inf: it is replaced
+*before* the arithmetic, because a multiplication by 0 afterwards leaves 0 * NaN = NaN in the value and in the gradient.
+The derivations are in ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def token_logps(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # [...]
+    r"""``log p(label) = z[label] - log sum_v exp(z[v])``, ``z = scale * logits``, then ``softcap * tanh(z / softcap)``.
+
+    Float64 for float64 logits, else float32. Ignored rows give 0 and get a zero gradient. A label that is neither in
+    ``[0, V)`` nor ``ignore_index`` makes its own row NaN, gradient included. A logit of -inf has probability 0 (without
+    a softcap: with one it is capped to ``-softcap`` like any other number).
+    """
+    ignored = labels == ignore_index
+    legal = (labels >= 0) & (labels < logits.shape[-1])
+    z = logits.masked_fill(ignored.unsqueeze(-1), 0.0)
+    z = scale * z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logps = z.log_softmax(-1).gather(-1, torch.where(legal, labels, 0).unsqueeze(-1)).squeeze(-1)
+    # A factor, not a fill: NaN must reach the gradient as well.
+    logps = logps * torch.where(legal, 1.0, torch.nan).to(logps.dtype)
+    return logps.masked_fill(ignored, 0.0)
+
+
+def linear_token_logps(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # [...]
+    """:func:`token_logps` of ``logits = hidden @ weight.T + bias``, which are formed in the dtype of ``hidden``."""
+    # The gradient of weight multiplies hidden by the ignored rows' zeros.
+    hidden = hidden.masked_fill((labels == ignore_index).unsqueeze(-1), 0.0)
+    logits = F.linear(hidden, weight, bias)
+    return token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
+
+
+# --- what scores say about a prompt's responses ----------------------------------------------------------------------
+
+
+def best_scored(scores: Tensor, mask: Tensor) -> Tensor:
+    """The valid responses whose score none exceeds, all ties included: bool ``[B, K]``."""
+    scores = scores.masked_fill(~mask, -torch.inf)
+    return mask & (scores == scores.amax(-1, keepdim=True))
+
+
+def response_weights(scores: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
+    r"""``w = softmax(s / alpha)`` over the valid responses, ``[B, K]``; a constant, since scores are data.
+
+    ``alpha = 0`` is the limit, uniform over the best-scored. Zero where masked.
+    Chen et al. 2024 (arXiv 2402.05369), section 3.
+    """
+    mask = _all_valid(scores) if mask is None else mask
+    scores = scores.detach().masked_fill(~mask, -torch.inf)
+    best = scores.amax(-1, keepdim=True)
+    # The difference first: s / alpha near 1e7 would round to whole numbers in float32. The best are exp(0) without the
+    # division, so alpha = 0 needs no branch: it sends every other gap to -inf.
+    gaps = torch.where(scores == best, 0.0, (scores - best) / alpha)
+    odds = gaps.exp().masked_fill(~mask, 0.0)
+    return odds / odds.sum(-1, keepdim=True).clamp(min=1.0)  # at least 1, the best one's, unless there is no response
+
+
+def score_pairs(scores: Tensor, mask: Tensor, pairs: str) -> Tensor:
+    """Bool ``[B, K, K]``: is ``(i, j)`` a pair, ``s_i > s_j``; for ``"best_vs_rest"``, ``i`` among the best-scored?"""
+    better = (scores.unsqueeze(2) > scores.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
+    return better & best_scored(scores, mask).unsqueeze(2) if pairs == "best_vs_rest" else better
+
+
+# --- the losses ------------------------------------------------------------------------------------------------------
+# Each maps log_ratios [B, K] = log pi(y) - log pi_ref(y), 0 where masked, to losses [B], and names what else it reads.
+
+
+def info_nca(log_ratios, scores, mask, *, beta, alpha, **_) -> Tensor:
+    r"""``- sum_i w_i log softmax(r)_i``, ``r = beta * log_ratios``.
+
+    Chen et al. 2024 (arXiv 2402.05369), section 3.
+    """
+    # A prompt without a response keeps its zeros: all its w are 0, and a row of -inf would be NaN.
+    absent = ~mask & mask.any(-1, keepdim=True)
+    log_softmax = (beta * log_ratios).masked_fill(absent, -torch.inf).log_softmax(-1).masked_fill(absent, 0.0)
+    w = response_weights(scores, alpha, mask)
+    return -(w * log_softmax).sum(-1)
+
+
+def nca(log_ratios, scores, mask, *, beta, alpha, **_) -> Tensor:
+    r"""``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``, ``r = beta * log_ratios``, K this prompt's own.
+
+    Chen et al. 2024 (arXiv 2402.05369), section 4.
+    """
+    r = beta * log_ratios
+    w = response_weights(scores, alpha, mask)
+    return -(w * F.logsigmoid(r)).sum(-1) - _mean(F.logsigmoid(-r), mask, -1)
+
+
+def dpo(log_ratios, scores, mask, *, beta, pairs, **_) -> Tensor:
+    r"""The mean over pairs of ``- log sigmoid(r_i - r_j)``, ``r = beta * log_ratios``.
+
+    Rafailov et al. 2023 (arXiv 2305.18290); with K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
+    """
+    better = score_pairs(scores, mask, pairs)
+    return _mean(-F.logsigmoid(_margins(beta * log_ratios, better)), better, (1, 2))
+
+
+def ipo(log_ratios, scores, mask, *, beta, pairs, lengths, **_) -> Tensor:
+    r"""The mean over pairs of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``, ``l = log_ratios``, ``n = lengths``.
+
+    Azar et al. 2023 (arXiv 2310.12036), whose tau is ``beta``, on token averages, which ``lengths=None`` takes as given.
+    """
+    better = score_pairs(scores, mask, pairs)
+    if lengths is not None:
+        log_ratios = log_ratios / lengths.masked_fill(~mask, 1).clamp(min=1)
+    return _mean((_margins(log_ratios, better) - 1 / (2 * beta)).square(), better, (1, 2))
+
+
+def kto(log_ratios, scores, mask, *, beta, desirable, baseline, **_) -> Tensor:
+    r"""The mean over responses of ``1 - sigmoid(beta (l - z))`` if desirable, ``1 - sigmoid(beta (z - l))`` if not.
+
+    ``l = log_ratios``, ``z = max(baseline, 0)`` detached. Ethayarajh et al. 2024 (arXiv 2402.01306), both lambdas 1.
+    """
+    z = 0.0 if baseline is None else baseline.detach().clamp(min=0.0)
+    desirable = best_scored(scores, mask) if desirable is None else desirable
+    gain = beta * torch.where(desirable, log_ratios - z, z - log_ratios)
+    return _mean(torch.sigmoid(-gain), mask, -1)  # 1 - sigmoid(x) = sigmoid(-x), which does not cancel
+
+
+LOSSES = {loss.__name__: loss for loss in (info_nca, nca, dpo, ipo, kto)}
+
+
+def group_loss(
+    name: str,
+    logps: Tensor,  # [B, K]
+    ref_logps: Tensor,  # [B, K]
+    scores: Tensor,  # [B, K]
+    *,
+    beta: float,
+    alpha: float,
+    mask: Tensor | None = None,  # bool [B, K]
+    pairs: str = "best_vs_rest",
+    lengths: Tensor | None = None,  # [B, K]
+    desirable: Tensor | None = None,  # bool [B, K]
+    baseline: Tensor | None = None,  # one element
+) -> tuple[Tensor, Tensor]:  # [B], [B, K]
+    r"""Each prompt's loss, and the implicit rewards ``r = beta * (logps - ref_logps)``, detached, 0 where masked.
+
+    Chen et al. 2024 (arXiv 2402.05369). A prompt with no valid response, or no pair where the loss wants pairs, has
+    loss 0 and gradient 0.
+    """
+    mask = _all_valid(logps) if mask is None else mask
+    log_ratios = (logps - ref_logps).masked_fill(~mask, 0.0)
+    losses = LOSSES[name](
+        log_ratios, scores, mask,
+        beta=beta, alpha=alpha, pairs=pairs, lengths=lengths, desirable=desirable, baseline=baseline,
+    )  # fmt: skip
+    return losses, beta * log_ratios.detach()
+
+
+def _all_valid(like: Tensor) -> Tensor:
+    return torch.ones_like(like, dtype=torch.bool)
+
+
+def _margins(x: Tensor, better: Tensor) -> Tensor:
+    """``x_i - x_j`` ``[B, K, K]``; 0 where there is no pair, so that nothing of that one reaches a gradient."""
+    return (x.unsqueeze(2) - x.unsqueeze(1)).masked_fill(~better, 0.0)
+
+
+def _mean(terms: Tensor, where: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """The mean of the terms that count, 0 where there is none."""
+    return terms.masked_fill(~where, 0.0).sum(dim) / where.sum(dim).clamp(min=1)

@@ -1,0 +1,53 @@
+"""Sequences within rows: labels shifted to the logits that predict them, and sums over each sequence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def shift_labels(labels: Tensor, shift: int, ignore_index: int, cu_seqlens: Tensor | None) -> Tensor:
+    """``labels[..., t + shift]`` at position ``t``, ``ignore_index`` where that lies beyond the sequence's end.
+
+    The labels move, a few bytes a token, so that the logits never have to.
+    """
+    if shift == 0:
+        return labels
+    T = labels.shape[-1]
+    shift = min(shift, T)
+    shifted = F.pad(labels[..., shift:], (0, shift), value=ignore_index)
+    if cu_seqlens is None:
+        return shifted
+    position = torch.arange(T, device=labels.device)
+    end = cu_seqlens[1:][_segment_of(position, cu_seqlens).clamp(max=len(cu_seqlens) - 2)]
+    return torch.where(position + shift < end, shifted, ignore_index)
+
+
+def _segment_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The segment that holds each position; the number of segments for what lies beyond the last."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), position.to(cu_seqlens.dtype), right=True)
+
+
+class _SegmentSum(torch.autograd.Function):
+    """Sums over segments: deterministic (no atomics), no sync, NaN stays in its segment, differentiable twice.
+
+    PyTorch's own derivative of ``segment_reduce`` has no second one; a gather has.
+    """
+
+    @staticmethod
+    def forward(ctx, values, cu_seqlens):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.tokens = len(values)
+        return torch.segment_reduce(values, "sum", offsets=cu_seqlens, axis=0, unsafe=True)
+
+    @staticmethod
+    def backward(ctx, dsums):
+        (cu_seqlens,) = ctx.saved_tensors
+        position = torch.arange(ctx.tokens, device=dsums.device)
+        return F.pad(dsums, (0, 1))[_segment_of(position, cu_seqlens)], None
+
+
+def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sums over the last dimension, or over the segments of the one packed row."""
+    return values.sum(-1) if cu_seqlens is None else _SegmentSum.apply(values.flatten(), cu_seqlens)

@@ -1,0 +1,115 @@
+"""Builds the two extension modules, ``nca_kernels._cpu`` and ``nca_kernels._cuda``, from ``csrc/``.
+
+They take addresses and sizes (no PyTorch header), so the build needs pybind11 and a C++ compiler alone, and ``nvcc`` for
+the second; no GPU. ``NCA_KERNELS_BUILD=auto|none|cpu|cuda``: ``auto`` builds what it can and prints why not the rest; any
+other value fails loudly when it cannot be met (``cuda`` means both).
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CUDA_ARCHS = ("80", "90", "100")  # machine code for these, PTX of the last for what comes after
+COMPILER = os.environ.get("CXX", "c++").split()
+OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]  # Apple's clang has none: one thread there
+# One object per instruction set, chosen at run time, so that one wheel serves every machine of its architecture.
+ISA_FLAGS = {
+    "x86_64": {
+        "plain": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    },
+    "aarch64": {"neon": []},
+}
+ISA_FLAGS["arm64"] = ISA_FLAGS["aarch64"]
+ISA_FLAGS["AMD64"] = ISA_FLAGS["x86_64"]
+
+
+def find_nvcc():
+    cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(cuda_home, "bin"))) if cuda_home else shutil.which("nvcc")
+
+
+def wanted_extensions():
+    """The extensions to build, by ``NCA_KERNELS_BUILD`` and the tools at hand."""
+    wish = os.environ.get("NCA_KERNELS_BUILD", "auto")
+    if wish not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"NCA_KERNELS_BUILD={wish!r}: wanted auto, none, cpu or cuda")
+    names = {"auto": ["_cpu", "_cuda"], "none": [], "cpu": ["_cpu"], "cuda": ["_cpu", "_cuda"]}[wish]
+    if "_cuda" in names and find_nvcc() is None:
+        if wish == "cuda":
+            raise SystemExit("NCA_KERNELS_BUILD=cuda: nvcc is neither on PATH nor under CUDA_HOME/bin")
+        print("nca_kernels: not building _cuda: nvcc is neither on PATH nor under CUDA_HOME/bin")
+        names.remove("_cuda")
+    # An optional extension that fails to compile is reported and left out; an explicit wish must be met.
+    return [Extension(f"nca_kernels.{name}", sources=[], optional=wish == "auto") for name in names]
+
+
+class BuildKernels(build_ext):
+    """Compiles ``csrc`` file by file, since each object has flags of its own."""
+
+    def build_extension(self, ext):
+        import pybind11
+
+        module = ext.name.rpartition(".")[2]
+        device = module.lstrip("_")
+        self.objects = Path(self.build_temp, device).absolute()
+        self.objects.mkdir(parents=True, exist_ok=True)
+        self.include = [f"-I{ROOT / 'csrc'}"]
+        bindings = self.cxx(
+            "bindings.cpp",
+            "bindings",
+            [f"-DNCA_MODULE={module}", f"-DNCA_DEVICE={device}", "-fvisibility=hidden", f"-I{pybind11.get_include()}"]
+            + [f"-I{path}" for path in self.include_dirs],
+        )
+        objects = [bindings, *getattr(self, f"{device}_kernels")()]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # nvcc links the static CUDA runtime: the extension then loads on machines without CUDA, and beside PyTorch's own.
+        linker = [find_nvcc(), "-cudart=static"] if device == "cuda" else [*COMPILER, *OPENMP]
+        self.spawn([*linker, "-shared", *objects, "-o", str(target)])
+        print(f"nca_kernels: built {module}")
+
+    def cxx(self, source, stem, flags):
+        """Compile one C++ file to an object of its own name."""
+        output = str(self.objects / f"{stem}.o")
+        self.spawn(
+            [*COMPILER, "-std=c++17", "-O3", "-fPIC", "-Wall", *self.include, *flags, "-c"]
+            + [str(ROOT / "csrc" / source), "-o", output]
+        )
+        return output
+
+    def cpu_kernels(self):
+        isas = ISA_FLAGS.get(platform.machine(), {"plain": []})
+        known = [f"-DNCA_HAS_{isa.upper()}" for isa in isas]
+        objects = [
+            self.cxx("cpu/token_logps.cpp", f"token_logps_{isa}", [f"-DNCA_ISA={isa}", *OPENMP, *flags])
+            for isa, flags in isas.items()
+        ]
+        objects += [self.cxx(f"cpu/{stem}.cpp", stem, OPENMP + known) for stem in ("dispatch", "group_loss")]
+        return objects
+
+    def cuda_kernels(self):
+        nvcc = find_nvcc()
+        # An older toolkit does not know the newest chips; the PTX of the last it knows serves them.
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        archs = [cc for cc in CUDA_ARCHS if f"compute_{cc}" in known]
+        codes = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        objects = []
+        for stem in ("token_logps", "group_loss"):
+            objects.append(str(self.objects / f"{stem}.o"))
+            self.spawn(
+                [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=2", *codes, *self.include, "-c"]
+                + [str(ROOT / "csrc" / "cuda" / f"{stem}.cu"), "-o", objects[-1]]
+            )
+        return objects
+
+
+setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,69 @@
+"""Every backend through one fixture. Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined, so before any import of them
+
+import pytest
+
+from nca_kernels.backends import BACKENDS
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-backend",
+        default="",
+        help="comma-separated backends whose tests must run: a skip of theirs fails",
+    )
+
+
+def _device(name: str) -> torch.device:
+    on_gpu = name == "cuda" or (name == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+class Target:
+    """A backend and the device that its tests run on."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.device = _device(name)
+        self.interpreted = name == "triton" and self.device.type == "cpu"
+
+    def __repr__(self):
+        return self.name
+
+
+def _target(request, op="token_logps"):
+    target = Target(request.param)
+    reasons = BACKENDS[target.name].unsupported(op, target.device, torch.float32)
+    if target.device.type == "cuda" and not torch.cuda.is_available():
+        reasons.append("no GPU here")
+    if reasons:
+        if target.name in request.config.getoption("--require-backend").split(","):
+            pytest.fail(f"backend {target.name} is required and cannot run: {'; '.join(reasons)}")
+        pytest.skip(f"backend {target.name}: {'; '.join(reasons)}")
+    return target
+
+
+@pytest.fixture(params=["triton", "cuda", "cpu", "torch"])
+def target(request):
+    """Every backend that runs here."""
+    return _target(request)
+
+
+@pytest.fixture(params=["triton", "cuda", "cpu"])
+def kernels(request):
+    """Every backend with kernels of its own (all but ``torch``)."""
+    return _target(request)
+
+
+@pytest.fixture
+def default_dispatch(monkeypatch):
+    """The dispatch of a user, for whom Triton's interpreter is not on."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)

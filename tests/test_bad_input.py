@@ -1,0 +1,121 @@
+"""Every error names the argument, what came and what was wanted."""
+
+import re
+
+import pytest
+import torch
+
+import nca_kernels
+
+LOGITS, LABELS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (([1.0], LABELS), {}, TypeError, "logits: got list, wanted a tensor of float32"),
+        ((LOGITS.long(), LABELS), {}, TypeError, "logits: got a tensor of torch.int64, wanted"),
+        ((LOGITS[0, 0], LABELS), {}, ValueError, "logits: got shape [5], wanted [N, T, V] or [M, V]"),
+        ((LOGITS[..., :0], LABELS), {}, ValueError, "logits: got shape [2, 3, 0]"),
+        ((LOGITS, LABELS.float()), {}, TypeError, "labels: got a tensor of torch.float32, wanted a tensor of int64"),
+        ((LOGITS, LABELS[:, :2]), {}, ValueError, "labels: got shape [2, 2], wanted [2, 3]"),
+        ((LOGITS, LABELS.to("meta")), {}, ValueError, "labels: on meta, wanted cpu"),
+        ((LOGITS, LABELS), {"shift": -1}, ValueError, "shift: got -1, wanted an int >= 0"),
+        ((LOGITS, LABELS), {"shift": 1.0}, TypeError, "shift: got float"),
+        ((LOGITS[0], LABELS[0]), {"shift": 1}, ValueError, "shift: got 1 with logits of one row of tokens; wanted 0"),
+        ((LOGITS, LABELS), {"ignore_index": None}, TypeError, "ignore_index: got NoneType, wanted an int"),
+        ((LOGITS, LABELS), {"scale": 0.0}, ValueError, "scale: got 0.0, wanted a finite number > 0"),
+        ((LOGITS, LABELS), {"scale": float("nan")}, ValueError, "scale: got nan"),
+        ((LOGITS, LABELS), {"scale": "2"}, TypeError, "scale: got str"),
+        ((LOGITS, LABELS), {"softcap": -5.0}, ValueError, "softcap: got -5.0, wanted a finite number > 0"),
+        ((LOGITS, LABELS), {"backend": "numpy"}, ValueError, "backend: got 'numpy'"),
+    ],
+)
+def test_token_logps(arguments, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nca_kernels.token_logps(*arguments, **options)
+
+
+@pytest.mark.parametrize("label", [5, -1, 2**40, -101])
+def test_a_label_outside_the_vocabulary(target, label):
+    """An IndexError on the CPU, wherever it stands; on a GPU (no sync) NaN in that row, the error on demand."""
+    labels = LABELS.clone()
+    labels[1, 2] = label
+    logits = LOGITS.to(target.device).requires_grad_()
+    labels = labels.to(target.device)
+    message = re.escape(f"labels: the label {label} at flat position 5 is neither in [0, 5) nor ignore_index (-100)")
+    if target.device.type == "cpu":
+        with pytest.raises(IndexError, match=message):
+            nca_kernels.token_logps(logits, labels, backend=target.name)
+        return
+    logps = nca_kernels.token_logps(logits, labels, backend=target.name)
+    logps.sum().backward()
+    bad = torch.zeros(2, 3, dtype=torch.bool, device=target.device)
+    bad[1, 2] = True
+    assert torch.equal(torch.isnan(logps), bad) and torch.equal(torch.isnan(logits.grad).all(-1), bad)
+    assert torch.equal(torch.isnan(logits.grad).any(-1), bad)
+
+
+def test_labels_are_checked_on_a_gpu_on_demand(target, monkeypatch):
+    monkeypatch.setenv("NCA_KERNELS_CHECK", "1")
+    with pytest.raises(IndexError, match="labels: the label 5"):
+        nca_kernels.token_logps(LOGITS.to(target.device), (LABELS + 5).to(target.device), backend=target.name)
+
+
+@pytest.mark.parametrize(
+    "bounds, error, message",
+    [
+        (torch.tensor([0, 4, 3, 6]), ValueError, "cu_seqlens: got [0, 4, 3, 6], wanted bounds that rise from 0 to 6"),
+        (torch.tensor([1, 6]), ValueError, "cu_seqlens: got [1, 6], wanted bounds that rise from 0 to 6"),
+        (torch.tensor([0, 5]), ValueError, "cu_seqlens: got [0, 5], wanted bounds that rise from 0 to 6"),
+        (torch.tensor([[0, 6]]), ValueError, "cu_seqlens: got shape [1, 2], wanted [S + 1]"),
+        (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens: got a tensor of torch.float32"),
+        ([0, 6], TypeError, "cu_seqlens: got list"),
+    ],
+)
+def test_segment_bounds(bounds, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nca_kernels.sequence_logps(LOGITS.view(6, 5), LABELS.view(6), cu_seqlens=bounds)
+
+
+def test_segment_bounds_want_one_row():
+    with pytest.raises(ValueError, match=re.escape("cu_seqlens: logits has leading shape [2, 3], wanted one packed row")):
+        nca_kernels.sequence_logps(LOGITS, LABELS, cu_seqlens=torch.tensor([0, 6]))
+
+
+def test_leading_dimensions_that_do_not_collapse(default_dispatch):
+    logits = torch.randn(3, 2, 4, 5).transpose(0, 1)
+    with pytest.raises(ValueError, match=re.escape("logits: shape [2, 3, 4, 5] with strides")):
+        nca_kernels.token_logps(logits, torch.zeros(2, 3, 4, dtype=torch.int64))
+
+
+LOGPS = torch.randn(2, 3)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, options, error, message",
+    [
+        ("ppo", (LOGPS, LOGPS), {}, ValueError, "name: got 'ppo', wanted one of"),
+        ("nca", (LOGPS.long(), LOGPS), {}, TypeError, "logps: got a tensor of torch.int64"),
+        ("nca", (LOGPS[0], LOGPS), {}, ValueError, "logps: got shape [3], wanted [B, K] with K >= 1"),
+        ("nca", (LOGPS[:, :0], LOGPS[:, :0]), {}, ValueError, "logps: got shape [2, 0], wanted [B, K] with K >= 1"),
+        ("nca", (LOGPS, LOGPS[:1]), {}, ValueError, "ref_logps: got shape [1, 3], wanted [2, 3]"),
+        ("nca", (LOGPS, LOGPS.clone().requires_grad_()), {}, ValueError, "ref_logps: requires a gradient"),
+        ("nca", (LOGPS, LOGPS.to("meta")), {}, ValueError, "ref_logps: on meta, wanted cpu"),
+        ("nca", (LOGPS, LOGPS, LOGPS.long()), {}, TypeError, "scores: got a tensor of torch.int64"),
+        ("nca", (LOGPS, LOGPS, LOGPS[:, :2]), {}, ValueError, "scores: got shape [2, 2], wanted [2, 3]"),
+        ("nca", (LOGPS, LOGPS), {"mask": LOGPS}, TypeError, "mask: got a tensor of torch.float32, wanted a tensor of bool"),
+        ("ipo", (LOGPS, LOGPS), {"lengths": LOGPS > 0}, TypeError, "lengths: got a tensor of torch.bool"),
+        ("kto", (LOGPS, LOGPS), {"desirable": LOGPS}, TypeError, "desirable: got a tensor of torch.float32"),
+        ("kto", (LOGPS, LOGPS), {"baseline": LOGPS}, ValueError, "baseline: got shape [2, 3], wanted one element"),
+        ("kto", (LOGPS, LOGPS), {"baseline": "0"}, TypeError, "baseline: got str, wanted a number"),
+        ("nca", (LOGPS, LOGPS), {"beta": 0}, ValueError, "beta: got 0, wanted a finite number > 0"),
+        ("nca", (LOGPS, LOGPS), {"alpha": -0.1}, ValueError, "alpha: got -0.1, wanted a finite number >= 0"),
+        ("dpo", (LOGPS, LOGPS), {"pairs": "some"}, ValueError, "pairs: got 'some', wanted one of 'best_vs_rest', 'all'"),
+        ("nca", (LOGPS, LOGPS), {"reduction": "max"}, ValueError, "reduction: got 'max', wanted one of 'mean'"),
+        ("nca", (LOGPS, LOGPS), {"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
+    ],
+)
+def test_group_loss(name, arguments, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        nca_kernels.group_loss(name, *arguments, **options)

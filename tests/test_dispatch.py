@@ -1,0 +1,104 @@
+"""Which backend runs, what explain() says, and the rule of the layers."""
+
+import ast
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import nca_kernels
+from nca_kernels import dispatch
+from nca_kernels.backends import BACKENDS
+
+PACKAGE = Path(nca_kernels.__file__).parent
+
+
+def test_the_order_of_backends():
+    assert list(BACKENDS) == ["triton", "cuda", "cpu", "torch"]
+
+
+def test_cpu_tensors_run_on_the_cpu_kernels(default_dispatch):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert dispatch.resolve("token_logps", None, torch.device("cpu"), dtype) == "cpu"
+
+
+def test_float64_runs_on_torch_without_a_warning(default_dispatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.resolve("token_logps", None, torch.device("cpu"), torch.float64) == "torch"
+
+
+def test_falling_to_torch_warns_once(default_dispatch):
+    dispatch._warn_slow.cache_clear()
+    logits = torch.randn(5, 4, 3).transpose(1, 2)  # stride 1 is not the vocabulary's
+    labels = torch.zeros(5, 3, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="stride 1 along the vocabulary"):
+        ours = nca_kernels.token_logps(logits, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(nca_kernels.token_logps(logits, labels), ours)
+    assert torch.allclose(ours, nca_kernels.token_logps(logits.contiguous(), labels), atol=1e-6)
+
+
+def test_a_named_backend_that_cannot_run_raises_with_every_reason(default_dispatch):
+    logits, labels = torch.randn(1, 2, 3, dtype=torch.float64), torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run token_logps: .*not on cpu.*torch.float64"):
+        nca_kernels.token_logps(logits, labels, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"backend 'triton' .*TRITON_INTERPRET.*torch.float64"):
+        nca_kernels.token_logps(logits, labels, backend="triton")
+    with pytest.raises(RuntimeError, match="stride 1 along the vocabulary"):
+        nca_kernels.token_logps(torch.randn(1, 3, 2).mT, labels, backend="cpu")
+    with pytest.raises(ValueError, match="backend: got 'metal', wanted None or one of 'triton'"):
+        nca_kernels.token_logps(logits, labels, backend="metal")
+
+
+def test_explain(default_dispatch):
+    table = nca_kernels.explain("cpu")
+    for op in dispatch.OPS:
+        assert f"{op} on cpu, torch.float32" in table
+    lines = nca_kernels.explain(torch.zeros(1, dtype=torch.float64), "token_logps").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(BACKENDS)
+    assert "torch.float64" in lines[3] and lines[4].split()[-1] == "runs"
+    with pytest.raises(ValueError, match="op: got 'sort'"):
+        nca_kernels.explain("cpu", "sort")
+
+
+def test_importing_loads_nothing_heavy():
+    code = (
+        "import sys, nca_kernels; "
+        "print([m for m in ('triton', 'transformers', 'nca_kernels._cpu', 'nca_kernels._cuda') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"
+
+
+# Each layer may import what stands to its right, never what stands to its left.
+LAYERS = ["cli", "integrations", "functional", "losses", "linear", "segments", "ops", "dispatch", "backends"]
+
+
+def _imports(path):
+    """The package's own modules that a file imports, as their first name below the package."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("nca_kernels"):
+            yield (node.module.split(".") + [alias.name for alias in node.names])[1]
+        elif isinstance(node, ast.Import):
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("nca_kernels.")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards(path):
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    imported = set(_imports(path))
+    if layer == "reference":
+        assert not imported, "the reference imports only torch"
+    if layer in LAYERS:
+        above = LAYERS[: LAYERS.index(layer)]
+        assert not imported & set(above), f"{path} imports a layer above its own"
+    if layer == "backends":
+        assert not imported & {"reference"}, "a kernel must not be able to pass against itself"

@@ -1,0 +1,158 @@
+"""group_loss: losses, rewards and gradients against the reference in float64, on every backend."""
+
+import math
+
+import pytest
+import torch
+from oracle import assert_no_worse
+
+import nca_kernels
+from nca_kernels import reference
+
+NAMES = ["info_nca", "nca", "dpo", "ipo", "kto"]
+TOL = 1e-6
+
+
+def _batch(B, K, ragged, ties, seed=0):
+    """Log-probs as long responses give them (hundreds of nats), scores with ties, and a mask with empty prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    ref_logps = -300 * torch.rand(B, K, generator=generator) - 20
+    logps = ref_logps + 12 * torch.randn(B, K, generator=generator)
+    scores = torch.randint(0, 4, (B, K), generator=generator).float() if ties else torch.randn(B, K, generator=generator)
+    mask = None
+    if ragged:
+        mask = torch.rand(B, K, generator=generator) < 0.7
+        mask[0], mask[-1] = True, False
+    lengths = torch.randint(0, 90, (B, K), generator=generator)
+    desirable = torch.rand(B, K, generator=generator) < 0.5
+    return logps, ref_logps, scores, mask, lengths, desirable
+
+
+def _run(name, logps, ref_logps, scores, backend, upstream, **options):
+    leaf = logps.clone().requires_grad_()
+    out = nca_kernels.group_loss(name, leaf, ref_logps, scores, backend=backend, **options)
+    assert not out.rewards.requires_grad
+    (grad,) = torch.autograd.grad(out.loss, leaf, upstream.to(out.loss))
+    return out.loss.detach(), out.rewards, grad
+
+
+def _check(target, name, logps, ref_logps, scores, *, reduction="none", **options):
+    """Against float64; the yardstick is the reference in float32, on the same float32 inputs."""
+    B = len(logps)
+    upstream = torch.randn(B) if reduction == "none" else torch.tensor(1.7)
+    options["reduction"] = reduction
+    to = target.device
+    wide = [None if x is None else x.double() for x in (logps, ref_logps, scores)]
+    truth = _run(name, *wide, "torch", upstream, **options)
+    peer = _run(name, logps, ref_logps, scores, "torch", upstream, **options)
+    moved = {k: v.to(to) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    tensors = [None if x is None else x.to(to) for x in (logps, ref_logps, scores)]
+    ours = _run(name, *tensors, target.name, upstream.to(to), **moved)
+    for what, a, b, c in zip(("loss", "rewards", "dlogps"), ours, truth, peer, strict=True):
+        assert a.dtype == torch.float32
+        assert_no_worse(a, b, c, TOL, what)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("K", [1, 2, 4, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_against_the_reference(target, name, K, ties, ragged):
+    logps, ref_logps, scores, mask, lengths, desirable = _batch(9, K, ragged, ties, seed=K)
+    for alpha in (0.0, 0.3, 1.0):
+        _check(target, name, logps, ref_logps, scores, mask=mask, beta=0.1, alpha=alpha)
+    _check(target, name, logps, ref_logps, scores, mask=mask, beta=0.7, reduction="mean")
+    _check(target, name, logps, ref_logps, scores, mask=mask, reduction="sum")
+    _check(target, name, logps, ref_logps, None, mask=mask)
+    if name in ("dpo", "ipo"):
+        _check(target, name, logps, ref_logps, scores, mask=mask, pairs="all")
+    if name == "ipo":
+        _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, pairs="all")
+    if name == "kto":
+        _check(target, name, logps, ref_logps, scores, mask=mask, desirable=desirable, baseline=1.25)
+        _check(target, name, logps, ref_logps, scores, mask=mask, desirable=desirable, baseline=torch.tensor([-3.0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_prompts_and_many_responses(target, name):
+    """More prompts than one block of threads has, and more responses than a warp."""
+    for B, K in ((2100, 2), (5, 67)):
+        if target.interpreted and B > 100:
+            B = 100
+        logps, ref_logps, scores, mask, lengths, _ = _batch(B, K, True, True)
+        _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, pairs="all")
+        _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, reduction="mean")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_masked_entries_hold_does_not_matter(target, name):
+    logps, ref_logps, scores, mask, lengths, desirable = _batch(6, 4, True, False)
+    options = {"mask": mask, "lengths": lengths, "desirable": desirable}
+    poisoned = [torch.where(mask, x, bad) for x, bad in ((logps, math.nan), (ref_logps, math.inf), (scores, math.inf))]
+    upstream = torch.ones(6)
+    to = target.device
+    options = {k: v.to(to) for k, v in options.items()}
+    clean = _run(name, *(x.to(to) for x in (logps, ref_logps, scores)), target.name, upstream.to(to), reduction="none", **options)
+    dirty = _run(name, *(x.to(to) for x in poisoned), target.name, upstream.to(to), reduction="none", **options)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    assert (dirty[1][~mask.to(to)] == 0).all() and (dirty[2][~mask.to(to)] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_scores_and_rewards(target, name):
+    """Nothing overflows: scores of 1e4 at alpha 1e-3, implicit rewards of +-1e3."""
+    logps = torch.tensor([[-1e4, -10.0, -5e3], [-10.0, -1e4, -10.0]])
+    ref_logps = torch.tensor([[-10.0, -1e4, -5e3], [-10.0, -10.0, -1e4]])
+    scores = torch.tensor([[1e4, -1e4, 0.0], [1.0, 1.0001, 1.0]])
+    _check(target, name, logps, ref_logps, scores, alpha=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_nothing_to_learn_from(target, name):
+    """No pair: ties only, one response, none at all."""
+    scores = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0], [0.0, 1.0, 2.0]], device=target.device)
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]], device=target.device)
+    logps = torch.randn(3, 3, device=target.device, requires_grad=True)
+    out = nca_kernels.group_loss(
+        name, logps, torch.zeros_like(logps.detach()), scores, mask=mask, reduction="none", backend=target.name
+    )
+    out.loss.sum().backward()
+    assert (out.loss == 0).all() and (logps.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_prompt_at_all(target, name):
+    logps = torch.randn(0, 4, device=target.device, requires_grad=True)
+    for reduction in ("mean", "sum", "none"):
+        out = nca_kernels.group_loss(name, logps, logps.detach(), reduction=reduction, backend=target.name)
+        assert out.loss.sum() == 0 and out.rewards.shape == (0, 4)
+
+
+def test_named_functions_are_the_same(target):
+    logps, ref_logps, scores, mask, lengths, desirable = (
+        None if x is None else x.to(target.device) for x in _batch(5, 4, True, False)
+    )
+    options = {"beta": 0.3, "mask": mask, "reduction": "sum", "backend": target.name}
+    for name, extra in (
+        ("info_nca", {"alpha": 0.2}),
+        ("nca", {"alpha": 0.2}),
+        ("dpo", {"pairs": "all"}),
+        ("ipo", {"pairs": "all", "lengths": lengths}),
+        ("kto", {"desirable": desirable, "baseline": 0.5}),
+    ):
+        fixed = getattr(nca_kernels, f"{name}_loss")(logps, ref_logps, scores, **options, **extra)
+        general = nca_kernels.group_loss(name, logps, ref_logps, scores, **options, **extra)
+        assert torch.equal(fixed.loss, general.loss) and torch.equal(fixed.rewards, general.rewards)
+
+
+def test_low_precision_log_probs_are_computed_in_float32(target):
+    logps = torch.tensor([[-1.0, -2.0]], dtype=torch.bfloat16, device=target.device, requires_grad=True)
+    out = nca_kernels.dpo_loss(logps, torch.zeros(1, 2, device=target.device), beta=1.0, backend=target.name)
+    out.loss.backward()
+    assert out.loss.dtype == out.rewards.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16
+    assert out.loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+
+
+def test_every_loss_of_the_reference_is_tested():
+    assert set(NAMES) == set(reference.LOSSES)

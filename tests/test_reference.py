@@ -1,0 +1,481 @@
+"""The reference mathematics: against hand-worked numbers, plain loops, finite differences and the optimum it promises.
+
+All in float64 unless a test is about another dtype. Nothing here knows a kernel; the kernels' tests compare with this.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nca_kernels import reference
+from nca_kernels.reference import LOSSES, group_loss, linear_token_logps, response_weights, token_logps
+
+F64 = torch.float64
+NAN, INF = math.nan, math.inf
+
+
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def matrix(*rows):
+    return torch.tensor(rows, dtype=F64)
+
+
+def loss_of(name, logps, scores, *, ref_logps=None, beta=1.0, alpha=1.0, **options):
+    """The losses ``[B]`` with a zero reference unless given."""
+    ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps
+    return group_loss(name, logps, ref_logps, scores, beta=beta, alpha=alpha, **options)[0]
+
+
+def grad_of(name, logps, scores, **options):
+    logps = logps.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(name, logps, scores, **options).sum(), logps)
+    return grad
+
+
+# --- token_logps -----------------------------------------------------------------------------------------------------
+
+
+def test_token_logps_by_hand():
+    # Odds 1 : 2 : 5 of 8; then scale 2 squares them: 1 : 4 : 25 of 30.
+    logits = matrix([0.0, math.log(2), math.log(5)]).requires_grad_()
+    labels = torch.tensor([2])
+    logps = token_logps(logits, labels)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    torch.testing.assert_close(logps, torch.tensor([math.log(5 / 8)], dtype=F64))
+    torch.testing.assert_close(grad, matrix([-1 / 8, -2 / 8, 1 - 5 / 8]))
+    torch.testing.assert_close(token_logps(logits, labels, scale=2.0), torch.tensor([math.log(25 / 30)], dtype=F64))
+
+
+def test_softcap_by_hand():
+    # atanh(1/2) = ln(3)/2, so a logit of 3 * ln(3)/2 capped at 3 is 3/2, and of scale 1/2 times its double the same.
+    logits = matrix([0.0, 3 * math.log(3)]).requires_grad_()
+    logps = token_logps(logits, torch.tensor([1]), scale=0.5, softcap=3.0)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    p = 1 / (1 + math.exp(-1.5))
+    torch.testing.assert_close(logps, torch.tensor([math.log(p)], dtype=F64))
+    # d logp / d logit = (onehot - p) * scale * (1 - tanh^2): tanh is 0 and 1/2.
+    torch.testing.assert_close(grad, matrix([-(1 - p) * 0.5, (1 - p) * 0.5 * (1 - 1 / 4)]))
+
+
+def test_token_logps_is_log_softmax_and_cross_entropy():
+    logits, labels = randn(2, 3, 7), torch.tensor([[6, 0, -100], [-100, 3, 3]])
+    got = token_logps(logits, labels)
+    kept = labels.clamp(min=0)
+    want = F.log_softmax(logits, -1).gather(-1, kept[..., None])[..., 0] * (labels >= 0)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, -F.cross_entropy(logits.mT, labels, reduction="none"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+def test_dtype_of_results(dtype):
+    logits, labels = randn(4, 5, dtype=dtype).requires_grad_(), torch.tensor([0, 4, -100, 2])
+    logps = token_logps(logits, labels)
+    logps.sum().backward()
+    assert logps.dtype == (F64 if dtype == F64 else torch.float32) and logits.grad.dtype == dtype
+    # The arithmetic is not done in the half dtypes: only the rounding of the input remains.
+    torch.testing.assert_close(logps, token_logps(logits.to(F64), labels).to(logps.dtype))
+
+
+def test_ignored_rows_are_not_read():
+    rows = matrix([NAN, NAN, NAN], [1.0, 2.0, 3.0], [INF, -INF, NAN]).requires_grad_()
+    logps = token_logps(rows, torch.tensor([-100, 0, -100]), softcap=30.0)
+    (grad,) = torch.autograd.grad(logps.sum(), rows)
+    assert logps[0] == logps[2] == 0 and torch.isfinite(logps[1])
+    assert grad[[0, 2]].count_nonzero() == 0 and grad[1].isfinite().all() and grad[1].count_nonzero() == 3
+
+
+def test_ignore_index_may_be_a_token():
+    logps = token_logps(randn(3, 4), torch.tensor([0, 1, 0]), ignore_index=0)
+    assert logps[0] == logps[2] == 0 and logps[1] < 0
+
+
+@pytest.mark.parametrize("label", [-1, 4, 10**12, -(10**12)])
+def test_illegal_label_poisons_its_row_alone(label):
+    logits = randn(3, 4).requires_grad_()
+    labels = torch.tensor([1, label, 2])
+    logps = token_logps(logits, labels)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    assert logps.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(-1).tolist() == grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+def test_nan_logit_poisons_its_row_alone():
+    logits = randn(3, 4)
+    logits[1, 2] = NAN
+    logits.requires_grad_()
+    logps = token_logps(logits, torch.tensor([1, 0, 2]))
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    assert logps.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(-1).tolist() == grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+def test_minus_infinity_is_probability_zero():
+    logits = matrix([0.0, -INF, math.log(3)], [-INF, -INF, -INF], [0.0, -INF, 0.0]).requires_grad_()
+    logps = token_logps(logits, torch.tensor([2, 0, 1]))
+    (grad,) = torch.autograd.grad(logps[0], logits)
+    torch.testing.assert_close(logps[0].item(), math.log(3 / 4))
+    torch.testing.assert_close(grad[0], torch.tensor([-1 / 4, 0, 1 / 4], dtype=F64))
+    assert logps[1].isnan() and logps[2] == -INF
+
+
+def test_minus_infinity_under_a_softcap_is_minus_softcap():
+    logits = matrix([0.0, -INF]).requires_grad_()
+    logps = token_logps(logits, torch.tensor([0]), softcap=2.0)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    torch.testing.assert_close(logps.item(), -math.log(1 + math.exp(-2)))
+    assert grad[0, 1] == 0 and grad.isfinite().all()
+
+
+def test_large_rows_keep_their_digits_in_float32():
+    # A log-sum-exp near 1e4 has an ulp of 1e-3 in float32; logp is small and must not be formed from it.
+    logits, labels = randn(8, 16, dtype=torch.float32) + 1e4, torch.arange(8)
+    torch.testing.assert_close(token_logps(logits, labels), token_logps(logits.double(), labels).float())
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("shapes", [[(3, 4)], [(3, 2), (4, 2), (4,)]], ids=["logits", "hidden"])
+def test_token_derivatives(shapes, softcap):
+    labels = torch.tensor([3, -100, 0])
+
+    def function(x, weight=None, bias=None):
+        if weight is None:
+            return token_logps(x, labels, scale=0.7, softcap=softcap)
+        return linear_token_logps(x, weight, labels, bias=bias, scale=0.7, softcap=softcap)
+
+    inputs = [randn(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_linear_token_logps_is_token_logps_of_the_logits():
+    hidden, weight, bias = randn(2, 3, 4), randn(5, 4, seed=1), randn(5, seed=2)
+    labels = torch.tensor([[4, 0, 1], [2, -100, 3]])
+    options = {"scale": 0.5, "softcap": 3.0}
+    got = linear_token_logps(hidden, weight, labels, bias=bias, **options)
+    torch.testing.assert_close(got, token_logps(hidden @ weight.T + bias, labels, **options))
+
+
+def test_ignored_hidden_rows_reach_no_gradient():
+    hidden, weight, bias = randn(3, 2), randn(4, 2, seed=1).requires_grad_(), randn(4, seed=2).requires_grad_()
+    hidden[1] = NAN
+    hidden.requires_grad_()
+    logps = linear_token_logps(hidden, weight, torch.tensor([3, -100, 0]), bias=bias)
+    grads = torch.autograd.grad(logps.sum(), [hidden, weight, bias])
+    assert all(grad.isfinite().all() for grad in grads) and grads[0][1].count_nonzero() == 0
+
+
+# --- weights and pairs -----------------------------------------------------------------------------------------------
+
+
+def test_response_weights_by_hand():
+    scores = matrix([0.0, math.log(2), math.log(5)])
+    torch.testing.assert_close(response_weights(scores, 1.0), matrix([1 / 8, 2 / 8, 5 / 8]))
+    torch.testing.assert_close(response_weights(scores, 0.5), matrix([1 / 30, 4 / 30, 25 / 30]))  # odds squared
+    mask = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(response_weights(scores, 1.0, mask), matrix([1 / 3, 2 / 3, 0]))
+
+
+def test_response_weights_at_alpha_zero_and_near_it():
+    scores = matrix([3.0, 7.0, 7.0, NAN], [1.0, 1.0, 1.0, 1.0], [NAN, INF, NAN, NAN], [2.0, -INF, NAN, INF])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    want = matrix([0, 1 / 2, 1 / 2, 0], [1 / 4] * 4, [0] * 4, [1, 0, 0, 0])
+    for alpha in (0.0, 1e-3):
+        torch.testing.assert_close(response_weights(scores, alpha, mask), want)
+
+
+def test_response_weights_of_huge_scores_in_float32():
+    # s / alpha is 1e7 here, where float32 knows whole numbers only: the gap of 0.5 must be formed first.
+    scores = torch.tensor([[1e4, 1e4 - 0.0009765625, -1e4]])
+    odds = math.exp(-0.9765625)
+    want = torch.tensor([[1 / (1 + odds), odds / (1 + odds), 0]])
+    torch.testing.assert_close(response_weights(scores, 1e-3), want)
+
+
+# --- the losses, by hand ---------------------------------------------------------------------------------------------
+
+# logps minus ref_logps are ln 2, 0 and -ln 2: with beta = 1 the sigmoids are 2/3, 1/2, 1/3 and the softmax odds 4 : 2 : 1.
+LN2 = math.log(2)
+SCORES = matrix([2.0, 1.0, 0.0])
+BY_HAND = {
+    # alpha = 0: w = (1, 0, 0); -ln(4/7)
+    "info_nca": (0.0, {}, 0.5596157879354227),
+    # -ln(2/3) - 1/3 (ln(1/3) + ln(1/2) + ln(2/3)) = ln(3/2) + 1/3 ln 9
+    "nca": (0.0, {}, 1.1378729669462438),
+    # pairs (0,1), (0,2): r differences ln 2, ln 4: 1/2 (ln(3/2) + ln(5/4)) = 1/2 ln(15/8)
+    "dpo": (0.0, {"pairs": "best_vs_rest"}, 0.3143043297124867),
+    # differences ln 2, 2 ln 2; 1/(2 beta) = 1/2: 1/2 ((ln2 - 1/2)^2 + (2 ln2 - 1/2)^2)
+    "ipo": (0.0, {"pairs": "best_vs_rest"}, 0.4114122992188519),
+    # the best is desirable: 1/3 ((1 - 2/3) + (1 - sigmoid(0)) + (1 - sigmoid(ln 2))) = 1/3 (1/3 + 1/2 + 1/3)
+    "kto": (0.0, {}, 0.3888888888888889),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_by_hand(name):
+    alpha, options, want = BY_HAND[name]
+    logps, ref_logps = matrix([LN2 - 5, -3.0, -LN2 - 1]), matrix([-5.0, -3.0, -1.0])
+    losses, rewards = group_loss(name, logps, ref_logps, SCORES, beta=1.0, alpha=alpha, **options)
+    torch.testing.assert_close(losses, torch.tensor([want], dtype=F64))
+    torch.testing.assert_close(rewards, matrix([LN2, 0.0, -LN2]))
+
+
+def test_all_pairs_by_hand():
+    # A third pair, (1, 2), whose difference is ln 2: 1/3 (2 ln(3/2) + ln(5/4)).
+    got = loss_of("dpo", matrix([LN2, 0.0, -LN2]), SCORES, pairs="all")
+    torch.testing.assert_close(got.item(), 0.344691255842843)
+
+
+def test_beta_scales_the_rewards():
+    # r = beta * l, so beta = 0.5 on twice the log-ratios is beta = 1; IPO's beta is its target instead.
+    for name in ("info_nca", "nca", "dpo", "kto"):
+        logps, scores = randn(3, 4), randn(3, 4, seed=1)
+        torch.testing.assert_close(loss_of(name, 2 * logps, scores, beta=0.5), loss_of(name, logps, scores, beta=1.0))
+
+
+# --- the losses, against each other ----------------------------------------------------------------------------------
+
+
+def test_info_nca_of_two_at_alpha_zero_is_dpo():
+    logps, scores = randn(6, 2), randn(6, 2, seed=1)
+    dpo = loss_of("dpo", logps, scores)
+    torch.testing.assert_close(loss_of("info_nca", logps, scores, alpha=0.0), dpo)
+    chosen = scores.argmax(-1, keepdim=True)
+    margin = (logps.gather(-1, chosen) - logps.gather(-1, 1 - chosen)).squeeze(-1)
+    torch.testing.assert_close(dpo, -F.logsigmoid(margin))
+
+
+def test_nca_of_two_at_alpha_zero_is_nca_pair():
+    """TRL's ``nca_pair``: -log sigmoid(c) - 1/2 log sigmoid(-c) - 1/2 log sigmoid(-r), c the chosen's reward, r the other's."""
+    logps, ref_logps, beta = randn(6, 2), randn(6, 2, seed=1), 0.3
+    chosen, rejected = (beta * (logps - ref_logps)).unbind(-1)
+    want = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    scores = matrix(*[[1.0, 0.0]] * 6)
+    torch.testing.assert_close(loss_of("nca", logps, scores, ref_logps=ref_logps, beta=beta, alpha=0.0), want)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_pairwise_losses_are_means_of_pairs(name):
+    logps, scores, lengths = randn(1, 4), matrix([0.3, 2.0, -1.0, 0.7]), matrix([3.0, 1.0, 0.0, 8.0])
+
+    def pair(i, j):
+        return loss_of(name, logps[:, [i, j]], matrix([1.0, 0.0]), lengths=lengths[:, [i, j]])
+
+    order = [1, 3, 0, 2]  # from the best down
+    vs_rest = [pair(order[0], worse) for worse in order[1:]]
+    every = [pair(order[a], order[b]) for a in range(4) for b in range(a + 1, 4)]
+    assert len(vs_rest) == 3 and len(every) == math.comb(4, 2)
+    for pairs, want in (("best_vs_rest", vs_rest), ("all", every)):
+        got = loss_of(name, logps, scores, lengths=lengths, pairs=pairs)
+        torch.testing.assert_close(got, torch.stack(want).mean(0))
+
+
+def test_ties_are_no_pair():
+    logps = randn(2, 4)
+    scores = matrix([1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 1.0, 1.0])
+    better = reference.score_pairs(scores, torch.ones(2, 4, dtype=torch.bool), "best_vs_rest")
+    assert better[0].sum() == 0
+    assert better[1].nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]  # both best against both others
+    for name, pairs in product(("dpo", "ipo"), ("best_vs_rest", "all")):
+        assert loss_of(name, logps, scores, pairs=pairs)[0] == 0
+        assert grad_of(name, logps, scores, pairs=pairs)[0].count_nonzero() == 0
+
+
+# --- plain loops in Python floats ------------------------------------------------------------------------------------
+
+RAGGED = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 1]], dtype=torch.bool)
+
+
+def ragged(name, seed=0):
+    """Random arguments of a loss with 4, 3, 1, 0 and 3 valid responses and, in the last prompt, a tie of the best."""
+    B, K = RAGGED.shape
+    scores = randn(B, K, seed=seed + 2)
+    scores[4] = torch.tensor([1.5, 1.5, 9.0, 0.5], dtype=F64)
+    options = {"ref_logps": randn(B, K, seed=seed + 1), "beta": 0.4, "alpha": 0.7, "mask": RAGGED}
+    if name == "ipo":
+        options["lengths"] = torch.tensor([[3, 1, 4, 0], [5, 9, 2, 6], [5, 3, 5, 8], [9, 7, 9, 3], [2, 3, 8, 4]]).to(F64)
+    if name == "kto":
+        options["desirable"] = randn(B, K, seed=seed + 3) > 0
+        options["baseline"] = torch.tensor([0.2], dtype=F64)
+    return randn(B, K, seed=seed), scores, options
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / max(len(values), 1)
+
+
+def loop_loss(name, logps, scores, *, ref_logps, beta, alpha, mask, pairs, lengths=None, desirable=None, baseline=None):
+    losses = []
+    for b in range(len(logps)):
+        valid = [i for i in range(logps.shape[1]) if mask[b, i]]
+        s = {i: scores[b, i].item() for i in valid}
+        ratio = {i: logps[b, i].item() - ref_logps[b, i].item() for i in valid}
+        r = {i: beta * ratio[i] for i in valid}
+        w = {i: math.exp(s[i] / alpha) / sum(math.exp(s[j] / alpha) for j in valid) for i in valid}
+        better = [(i, j) for i in valid for j in valid if s[i] > s[j] and (pairs == "all" or s[i] == max(s.values()))]
+        if name == "info_nca":
+            partition = sum(math.exp(r[j]) for j in valid)
+            losses.append(-sum(w[i] * math.log(math.exp(r[i]) / partition) for i in valid))
+        elif name == "nca":
+            losses.append(-sum(w[i] * math.log(sigmoid(r[i])) + math.log(sigmoid(-r[i])) / len(valid) for i in valid))
+        elif name == "dpo":
+            losses.append(mean(-math.log(sigmoid(r[i] - r[j])) for i, j in better))
+        elif name == "ipo":
+            average = {i: ratio[i] / max(lengths[b, i].item(), 1) for i in valid}
+            losses.append(mean((average[i] - average[j] - 1 / (2 * beta)) ** 2 for i, j in better))
+        else:
+            z = max(baseline.item(), 0)
+            signs = {i: 1 if desirable[b, i] else -1 for i in valid}
+            losses.append(mean(1 - sigmoid(signs[i] * beta * (ratio[i] - z)) for i in valid))
+    return torch.tensor(losses, dtype=F64)
+
+
+@pytest.mark.parametrize("pairs", ["best_vs_rest", "all"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_against_plain_loops(name, pairs):
+    for seed in range(3):
+        logps, scores, options = ragged(name, seed)
+        torch.testing.assert_close(
+            loss_of(name, logps, scores, pairs=pairs, **options),
+            loop_loss(name, logps, scores, pairs=pairs, **options),
+        )
+
+
+def test_kto_baseline_is_clamped_and_detached():
+    logps, scores = randn(3, 4), randn(3, 4, seed=1)
+    below, none = torch.tensor([-2.0], dtype=F64), loss_of("kto", logps, scores)
+    torch.testing.assert_close(loss_of("kto", logps, scores, baseline=below), none)
+    baseline = torch.tensor([0.5], dtype=F64, requires_grad=True)
+    assert not loss_of("kto", logps, scores, baseline=baseline).requires_grad
+    desirable = scores == scores.amax(-1, keepdim=True)  # the default
+    torch.testing.assert_close(loss_of("kto", logps, scores, desirable=desirable), none)
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pairs", ["best_vs_rest", "all"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_group_loss_derivatives(name, pairs):
+    logps, scores, options = ragged(name)
+
+    def function(logps):
+        return loss_of(name, logps, scores, pairs=pairs, **options)
+
+    logps.requires_grad_()
+    assert torch.autograd.gradcheck(function, logps)
+    assert torch.autograd.gradgradcheck(function, logps)
+
+
+def test_closed_form_derivatives():
+    r, scores, alpha = randn(5, 4), randn(5, 4, seed=1), 0.6
+    w = torch.softmax(scores / alpha, -1)
+    torch.testing.assert_close(grad_of("info_nca", r, scores, alpha=alpha), torch.softmax(r, -1) - w)
+    want = -w * torch.sigmoid(-r) + torch.sigmoid(r) / 4
+    torch.testing.assert_close(grad_of("nca", r, scores, alpha=alpha), want)
+
+
+@pytest.mark.parametrize("pairs", ["best_vs_rest", "all"])
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_entries_do_not_matter(name, junk, pairs):
+    def spoil(tensor):
+        return tensor.masked_fill(~RAGGED, junk)
+
+    logps, scores, options = ragged(name)
+    options["pairs"] = pairs
+    spoiled = {key: spoil(value) if key in ("ref_logps", "lengths") else value for key, value in options.items()}
+    losses, rewards = group_loss(name, spoil(logps), scores=spoil(scores), **spoiled)
+    grad = grad_of(name, spoil(logps), spoil(scores), **spoiled)
+    assert torch.equal(losses, loss_of(name, logps, scores, **options))
+    assert torch.equal(grad, grad_of(name, logps, scores, **options))
+    assert grad[~RAGGED].count_nonzero() == rewards[~RAGGED].count_nonzero() == 0 and rewards.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_valid_response(name):
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    logps, scores = torch.full((2, 3), NAN, dtype=F64), torch.full((2, 3), NAN, dtype=F64)
+    assert loss_of(name, logps, scores, mask=mask).tolist() == [0, 0]
+    assert grad_of(name, logps, scores, mask=mask).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_valid_response(name):
+    """InfoNCA compares and so learns nothing, as the pairwise losses; NCA and KTO look at a response by itself."""
+    mask = torch.tensor([[False, True, False]])
+    logps, scores = matrix([NAN, LN2, NAN]), matrix([NAN, 3.0, INF])
+    want = {"nca": -math.log(2 / 3) - math.log(1 / 3), "kto": 1 / 3}.get(name, 0.0)
+    slope = {"nca": -1 / 3 + 2 / 3, "kto": -2 / 9}.get(name, 0.0)  # -w sigmoid(-r) + sigmoid(r); -s (1 - s), s = 2/3
+    torch.testing.assert_close(loss_of(name, logps, scores, mask=mask).item(), want)
+    torch.testing.assert_close(grad_of(name, logps, scores, mask=mask), matrix([0.0, slope, 0.0]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_rewards_stay_finite_in_float32(name):
+    logps, scores = torch.tensor([[1e4, -1e4, 0.0]]), torch.tensor([[-1e4, 1e4, 0.0]])
+    assert loss_of(name, logps, scores, alpha=1e-3).isfinite().all()
+    assert grad_of(name, logps, scores, alpha=1e-3).isfinite().all()
+
+
+def test_rewards_are_detached():
+    logps = randn(2, 3).requires_grad_()
+    losses, rewards = group_loss("nca", logps, randn(2, 3), randn(2, 3), beta=0.1, alpha=1.0)
+    assert losses.requires_grad and not rewards.requires_grad
+
+
+# --- the optimum -----------------------------------------------------------------------------------------------------
+
+
+TABLE = matrix([1.0, 0.3, -0.4, -1.0], [0.0, 0.0, 0.9, 0.1], [-0.5, -0.6, -0.7, 1.0])
+
+
+def optimum(name, scores, alpha):
+    """The rewards that plain gradient descent finds when every response's is free: a tabular policy."""
+    r = torch.zeros_like(scores)
+    for _ in range(1500):  # curvatures lie between the smallest w, about 0.01, and 1/2
+        r = r - 3 * grad_of(name, r, scores, alpha=alpha)
+    return r
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_optimum_of_info_nca_is_the_score_up_to_a_constant(alpha):
+    offset = optimum("info_nca", TABLE, alpha) - TABLE / alpha
+    torch.testing.assert_close(offset, offset[:, :1].expand(3, 4), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_optimum_of_nca_is_absolute(alpha):
+    r = optimum("nca", TABLE, alpha)
+    torch.testing.assert_close(r, torch.log(4 * torch.softmax(TABLE / alpha, -1)), rtol=0, atol=1e-12)
+    absolute = TABLE / alpha - torch.log(torch.exp(TABLE / alpha).mean(-1, keepdim=True))
+    torch.testing.assert_close(r, absolute, rtol=0, atol=1e-12)
+    assert (r.amax(-1) >= 0).all()
+
+
+# --- tracing ---------------------------------------------------------------------------------------------------------
+
+
+def test_compiles_without_a_graph_break():
+    def step(hidden, weight, labels, ref_logps, scores, mask):
+        logps = linear_token_logps(hidden, weight, labels, softcap=5.0).sum(-1).view(2, 3)
+        losses = (loss_of(name, logps, scores, ref_logps=ref_logps, alpha=0.0, mask=mask) for name in LOSSES)
+        return torch.stack(list(losses))
+
+    hidden, weight = randn(6, 4, 2).requires_grad_(), randn(5, 2, seed=1)
+    labels = torch.tensor([[1, 4, -100, 0]]).expand(6, 4)
+    arguments = (hidden, weight, labels, randn(2, 3), randn(2, 3, seed=1), RAGGED[:2, :3])
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(got, step(*arguments))
+    got.sum().backward()
