@@ -123,10 +123,10 @@ NCA_HOST_DEVICE static inline float pair_loss(const Prompt& q) {
     for (std::int64_t j = 0; j < q.p.K && q.is_valid(i); ++j) pairs += q.is_pair(i, j);
   }
   const float n = pairs ? pairs : 1;
-  float loss = 0;
+  double loss = 0;  // K^2 terms: in float32 their sum was 10 ulp off at K = 67
   for (std::int64_t i = 0; i < q.p.K; ++i) {
     if (!q.is_valid(i)) continue;
-    float slope = 0;
+    double slope = 0;
     for (std::int64_t j = 0; j < q.p.K; ++j) {
       if (!q.is_valid(j)) continue;
       if (q.is_pair(i, j)) {

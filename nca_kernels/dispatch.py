@@ -13,7 +13,6 @@ from .backends import BACKENDS
 OPS = ("token_logps", "linear_token_logps", "group_loss")
 
 
-@torch.compiler.assume_constant_result
 def resolve(
     op: str,
     backend: str | None,
@@ -36,6 +35,11 @@ def resolve(
                 _warn_slow(op, device.type, dtype, loss, obstacle)
             return name
     raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(reasons)}")
+
+
+# What torch.compiler.assume_constant_result sets: the traced graph takes the answer, not the questions. Set here by hand
+# because that decorator imports the compiler, and with it Triton, seconds before anybody asked for them.
+resolve._dynamo_marked_constant = True
 
 
 def _reasons(name, op, device, dtype, loss, obstacle) -> list[str]:

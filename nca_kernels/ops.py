@@ -159,6 +159,8 @@ def group_loss(
     loss, rewards, dlogps = _group_loss_fake(
         name, logps, ref_logps, scores, mask, lengths, desirable, baseline, beta, alpha, pairs, reduction, backend
     )
+    if len(logps) == 0:  # nothing to launch; the mean over no prompt is 0, not 0 / 0
+        return loss.zero_(), rewards, dlogps
     BACKENDS[backend].group_loss_fwd(
         name, logps, ref_logps, scores, mask, lengths, desirable, baseline, loss, rewards, dlogps,
         beta=beta, alpha=alpha, pairs=pairs, reduction=reduction,

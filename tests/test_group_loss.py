@@ -89,11 +89,12 @@ def test_what_masked_entries_hold_does_not_matter(target, name):
     logps, ref_logps, scores, mask, lengths, desirable = _batch(6, 4, True, False)
     options = {"mask": mask, "lengths": lengths, "desirable": desirable}
     poisoned = [torch.where(mask, x, bad) for x, bad in ((logps, math.nan), (ref_logps, math.inf), (scores, math.inf))]
-    upstream = torch.ones(6)
     to = target.device
     options = {k: v.to(to) for k, v in options.items()}
-    clean = _run(name, *(x.to(to) for x in (logps, ref_logps, scores)), target.name, upstream.to(to), reduction="none", **options)
-    dirty = _run(name, *(x.to(to) for x in poisoned), target.name, upstream.to(to), reduction="none", **options)
+    clean, dirty = (
+        _run(name, *(x.to(to) for x in inputs), target.name, torch.ones(6, device=to), reduction="none", **options)
+        for inputs in ((logps, ref_logps, scores), poisoned)
+    )
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a, b)
     assert (dirty[1][~mask.to(to)] == 0).all() and (dirty[2][~mask.to(to)] == 0).all()

@@ -23,7 +23,7 @@ def problem(kernels):
     labels = torch.randint(32000, (2, 256), device=kernels.device)
 
     def logps(logits, **options):
-        return nca_kernels.token_logps(logits, labels, backend=kernels.name, **options).sum()
+        return nca_kernels.token_logps(logits, labels[:, : logits.shape[1]], backend=kernels.name, **options).sum()
 
     logps(leaf).backward()  # what the first call loads is not the call's
     leaf.grad = None

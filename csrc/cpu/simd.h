@@ -100,6 +100,28 @@ Vec scale_pow2(Vec a, Vec n) {
 #endif
 }
 
+// 16 bits to 32 and back. GCC 12 splits the conversion that it is offered as a builtin into halves and shuffles.
+Bits widen(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32(load<__m256i>(from));
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32(load<__m128i>(from));
+#else
+  return __builtin_convertvector(load<Half>(from), Bits);
+#endif
+}
+
+void narrow(uint16_t* to, Bits v) {
+#if defined(__AVX512F__)
+  store(to, _mm512_cvtepi32_epi16((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  store(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  store(to, __builtin_convertvector(v, Half));
+#endif
+}
+
 float reduce_sum(Vec v) {
   float sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
@@ -123,12 +145,11 @@ struct Float32 {
 
 struct BFloat16 {
   using Type = uint16_t;
-  static Vec get(const Type* from) { return (Vec)(__builtin_convertvector(load<Half>(from), Bits) << 16); }
+  static Vec get(const Type* from) { return (Vec)(widen(from) << 16); }
   static void put(Type* to, Vec v) {
     const Bits bits = (Bits)v;
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Bits quiet_nan = (Bits{} + 0x7fc0);
-    store(to, __builtin_convertvector(v == v ? rounded : quiet_nan, Half));
+    narrow(to, v == v ? rounded : Bits{} + 0x7fc0);
   }
 };
 
@@ -146,7 +167,7 @@ struct Float16 {
 #else
   // Moved into float32's place, a half's bits are its value * 2^-112: the product mends the exponent, denormals too.
   static Vec get(const Type* from) {
-    const Bits half = __builtin_convertvector(load<Half>(from), Bits);
+    const Bits half = widen(from);
     const Bits magnitude = (half & 0x7fff) << 13;
     const Bits value = (Bits)((Vec)magnitude * 0x1p112f);
     const Bits inf_or_nan = magnitude | 0x7f800000;
@@ -160,7 +181,7 @@ struct Float16 {
     const Bits normal = (bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13;
     const Bits finite = bits < 0x38800000 ? denormal : normal;
     const Bits overflow = bits > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
-    store(to, __builtin_convertvector((bits >= 0x47800000 ? overflow : finite) | sign, Half));
+    narrow(to, (bits >= 0x47800000 ? overflow : finite) | sign);
   }
 #endif
 };

@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 
 #include <cfloat>
+#include <cstring>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "nca.h"
@@ -18,7 +20,7 @@ namespace {
 
 constexpr int kInFlight = 4;
 constexpr int kMaxThreads = 512;
-constexpr int kBlocksPerSM = 3;
+constexpr int kBlocksPerSM = 2;
 constexpr int kShortRowsPerBlock = 8;
 
 __device__ float to_float(float x) { return x; }
@@ -56,6 +58,18 @@ struct alignas(kWidth * sizeof(T)) Pack {
   T value[kWidth];
 };
 
+// A pack as it travels: whole words, taken apart when their turn comes. Apart they would fill twice the registers.
+template <int kBytes>
+using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 4, unsigned, unsigned short>>;
+
+template <class To, class From>
+__device__ To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
 // A row's columns: whole 16-byte packs from the first boundary on, and single ones before and after them.
 template <class T>
 struct Columns {
@@ -85,18 +99,20 @@ struct Columns {
 // This thread's share of a row's packs of one width, loaded kInFlight at a time: visit(first column, pack).
 template <int kWidth, class T, class Visit>
 __device__ void visit_packs(const T* row, const Columns<T>& columns, const Visit& visit) {
+  using Loaded = Word<kWidth * sizeof(T)>;
   const int count = columns.template count<kWidth>();
+  const T* base = kWidth == 1 ? row : row + columns.head;
   for (int first = threadIdx.x; first < count; first += kInFlight * blockDim.x) {
-    Pack<T, kWidth> packs[kInFlight];
+    Loaded words[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int i = first + u * blockDim.x;
-      if (i < count) packs[u] = *reinterpret_cast<const Pack<T, kWidth>*>(row + columns.template column<kWidth>(i));
+      if (i < count) words[u] = reinterpret_cast<const Loaded*>(base)[kWidth == 1 ? columns.template column<kWidth>(i): i];
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       const int i = first + u * blockDim.x;
-      if (i < count) visit(columns.template column<kWidth>(i), packs[u]);
+      if (i < count) visit(columns.template column<kWidth>(i), bits_as<Pack<T, kWidth>>(words[u]));
     }
   }
 }
@@ -231,7 +247,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM) token_logps_bwd_ker
       const float dz = column + k == label ? at_label : factor * fast_exp(z.value - whole.max);
       pack.value[k] = from_float<T>(dz * z.slope);
     }
-    *reinterpret_cast<Pack<T, kWidth>*>(out + column) = pack;
+    *reinterpret_cast<Word<sizeof(pack)>*>(out + column) = bits_as<Word<sizeof(pack)>>(pack);
   });
 }
 

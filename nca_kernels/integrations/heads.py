@@ -1,36 +1,32 @@
-"""Log-probs of any Hugging Face causal LM, without its logits.
+"""Log-probs without logits for any Hugging Face causal LM.
 
-    logps = model_logps(model, input_ids, attention_mask, labels)            # float32 [N, T]
-
-    with logps_for_logits(model, labels):                                    # the same inside a trainer
-        logps = model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-The model's own forward runs, and inside it the head module is called as always: so every hook around it happens (FSDP's
-unshard, ZeRO-3's gather, accelerate's device moves), and so does all that the model does to its hidden states before. Only
-the forward of the head's one `nn.Linear` is replaced, by `linear_token_logps` on what it was given. What the model does
-after the head is found out on first use (see post_head), and a few tokens are compared with the model's own logits.
+The model's own forward runs and calls its head as always. So what happens around the head happens (FSDP's unshard, ZeRO-3's
+gather, accelerate's device moves), and what the model does to its hidden states before it, too. Only the forward of the
+head's linear layer is replaced (``head_layer``), by :func:`nca_kernels.linear_token_logps` of what it was given. What the
+model does after the head is found out, and compared with its own logits, at first use (``post_head``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from nca_kernels.functional import linear_token_logps
-from nca_kernels.integrations.post_head import PostHead, fit_post_head, known_values
+from .. import linear_token_logps
+from .head_layer import HeadLayer
+from .post_head import PostHead, inspect
 
-_POST_HEADS: WeakKeyDictionary[nn.Module, PostHead] = WeakKeyDictionary()
+_INSPECTED: WeakKeyDictionary[nn.Module, PostHead] = WeakKeyDictionary()
 
 
 def model_logps(
     model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
+    input_ids: Tensor,  # [N, T]
+    attention_mask: Tensor | None,  # [N, T]
+    labels: Tensor,  # [N, T]
     *,
     shift: int = 1,
     ignore_index: int = -100,
@@ -38,12 +34,23 @@ def model_logps(
     backend: str | None = None,
     **inputs: object,
 ) -> Tensor:
-    """Token log-probs [N, T], float32, without the [N, T, V] logits.
+    r"""The log-probability of each label under the model, without its ``[N, T, V]`` logits.
 
-    `model` is the module you would call: plain, PEFT, DDP, FSDP2 or split over devices. `labels` [N, T] are the input ids
-    with `ignore_index` where nothing is to be scored. With shift=1 (the Hugging Face convention) position t holds the
-    log-prob of `labels[:, t + 1]`, and the last position 0; sum over dim 1 for the responses' log-probs. Further `inputs`
-    (position_ids, pixel_values, ...) go to the model.
+    Args:
+        model: the module that you would call: a transformers causal LM, plain, split over devices by ``device_map``, or
+            inside PEFT, ``DistributedDataParallel`` or FSDP2 (``fully_shard``).
+        input_ids, attention_mask: as the model takes them.
+        labels: the input ids, with ``ignore_index`` at the positions that are not to be scored.
+        shift: 1, the Hugging Face convention: position ``t`` holds the log-prob of ``labels[:, t + 1]``, the last one 0.
+        ignore_index, save_budget, backend: as in :func:`nca_kernels.linear_token_logps`.
+        inputs: what else the model's forward takes (``position_ids``, ``pixel_values``, ...).
+
+    Returns:
+        float32 ``[N, T]``, 0 at ignored positions; its sum over ``T`` is each response's log-prob.
+
+    Raises:
+        ValueError: a head that is not one plain linear layer (quantised, several heads, LoRA on it), logits that are not
+            its output scaled and softcapped, or log-probs that differ from those of the model's own logits at first use.
     """
     with logps_for_logits(
         model, labels, shift=shift, ignore_index=ignore_index, save_budget=save_budget, backend=backend
@@ -54,204 +61,114 @@ def model_logps(
 @contextmanager
 def logps_for_logits(
     model: nn.Module,
-    labels: Tensor,
+    labels: Tensor,  # [N, T]
     *,
     shift: int = 1,
     ignore_index: int = -100,
     save_budget: int = 0,
     backend: str | None = None,
 ) -> Iterator[None]:
-    """While it is open, the `.logits` of `model(...)` are the log-probs [N, T] of `labels`, as `model_logps` gives them.
+    r"""Inside it, ``model(...).logits`` are the token log-probs ``[N, T]`` of ``labels``: :func:`model_logps` for a trainer.
 
-    ValueError where the head cannot be used: not one plain linear layer (quantised, several heads, LoRA on the head), or a
-    model whose logits are not the head's output scaled and softcapped.
+    Arguments and errors are those of :func:`model_logps`. ``model`` is the very module that is then called.
+
+    Example::
+
+        with logps_for_logits(model, batch["labels"]):
+            logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     """
     core = _causal_lm(model)
-    head = _Head(core)
+    head = HeadLayer(core)
+    logps = None
     inspecting = False
 
     def score(linear: nn.Linear, hidden: Tensor) -> Tensor:
+        nonlocal logps
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
-                f"labels: wanted one per position of the hidden states that reach the head of {head.owner}, "
-                f"{list(hidden.shape[:-1])}; got {list(labels.shape)}"
+                f"labels: got shape {list(labels.shape)}, wanted {list(hidden.shape[:-1])}, one for each hidden state that "
+                f"reaches {head.kind} (no logits_to_keep, no virtual tokens before the prompt)"
             )
-        post_head = _POST_HEADS[core]
-        head.logps = linear_token_logps(
+        logps = linear_token_logps(
             hidden,
             linear.weight,
             labels.to(hidden.device),
             bias=linear.bias,
             shift=shift,
             ignore_index=ignore_index,
-            scale=post_head.scale,
-            softcap=post_head.softcap,
             save_budget=save_budget,
             backend=backend,
+            **_INSPECTED[core]._asdict(),
         )
-        return head.logps[..., None]
+        return logps[..., None]
 
     def before(module: nn.Module, args: tuple, inputs: dict) -> None:
         nonlocal inspecting
         if inspecting:
             return
-        if inputs.get("past_key_values") is not None:
-            raise ValueError("past_key_values: log-probs are of whole sequences; got a cache, wanted None")
-        if core not in _POST_HEADS:
+        if core not in _INSPECTED:
             inspecting = True
-            _POST_HEADS[core] = _inspect(head, lambda: module(*args, **inputs), core, backend)
-            inspecting = False
-        head.start(score)
+            try:
+                with _random_state_kept(core):
+                    _INSPECTED[core] = inspect(head, lambda: module(*args, **inputs), backend)
+            finally:
+                inspecting = False
+        head.begin(score)
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         if inspecting:
             return
-        head.finish()
-        logits = output.logits
-        if logits.shape != (*labels.shape, 1):
+        head.end()
+        if output.logits.shape != (*labels.shape, 1):
             raise ValueError(
-                f"{head.owner}: something between the head's linear layer and .logits widens its output to {list(logits.shape)}"
+                f"model: between the linear layer of {head.kind} and .logits its output {[*labels.shape, 1]} became "
+                f"{list(output.logits.shape)}. Use token_logps on the logits"
             )
-        output.logits = _Through.apply(head.logps.to(logits.device), logits)
+        output.logits = _Anchored.apply(logps.to(output.logits.device), output.logits)
 
-    with ExitStack() as stack:
-        stack.enter_context(head.replaced())
-        # Before FSDP's own hook: the forwards of _inspect must not run inside one that has begun.
-        stack.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(after).remove)
+    with head.replaced(), ExitStack() as hooks:
+        # First of all hooks: the forwards of `inspect` may not run inside one that FSDP has begun.
+        hooks.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(after).remove)
         yield
 
 
-class _Through(torch.autograd.Function):
-    """`logps`, with the model's own output kept in their graph and given a zero gradient.
+class _Anchored(torch.autograd.Function):
+    """The log-probs as the head gave them, with the model's output in their graph, where it gets a zero gradient.
 
-    Wrappers unshard and gather for backward when a gradient reaches a module's output; these outputs are what the model
-    made of the log-probs (rounded, scaled, squashed), so their values cannot be used, but their hooks must run.
+    The output is what the model made of the log-probs on their way (scaled, squashed, rounded), so its values are of no
+    use; but FSDP and ZeRO-3 make the weights whole again for the backward when a gradient reaches a module's output.
     """
 
     @staticmethod
     def forward(ctx, logps: Tensor, output: Tensor) -> Tensor:
-        ctx.save_for_backward(output)
+        ctx.output = output.new_zeros(()).expand(output.shape)
         return logps.view_as(logps)
 
     @staticmethod
     def backward(ctx, dlogps: Tensor) -> tuple[Tensor, Tensor]:
-        (output,) = ctx.saved_tensors
-        return dlogps, torch.zeros_like(output)
-
-
-class _Head:
-    """The linear layer of a model's head, its forward replaced by `compute(linear, hidden)`, exactly once per forward."""
-
-    def __init__(self, core: nn.Module):
-        self.owner = type(core).__name__
-        head = core.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"{self.owner} names no head (get_output_embeddings() is None)")
-        # The head may be wrapped (a PEFT copy, FSDP); which of the layers inside it runs is seen when it runs.
-        self.linears = {name: layer for name, layer in head.named_modules() if _is_plain_linear(layer)}
-        self.kind = f"the head of {self.owner}, a {type(head).__module__}.{type(head).__name__},"
-        if not self.linears:
-            raise ValueError(
-                f"{self.kind} holds no plain nn.Linear that computes its output (it is quantised, or of another form): "
-                f"use logits with token_logps"
-            )
-
-    @contextmanager
-    def replaced(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, layer in self.linears.items():
-                # accelerate keeps the true forward as _old_forward and calls it between its device moves.
-                place = "_old_forward" if "_old_forward" in vars(layer) else "forward"
-                stack.callback(_put_back, layer, place, vars(layer).get(place))
-                setattr(layer, place, self._forward_of(name, layer))
-            yield
-
-    def _forward_of(self, name: str, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def forward(input: Tensor) -> Tensor:
-            self.ran.append(name)
-            if len(self.ran) > 1:
-                raise ValueError(
-                    f"{self.kind} is not one linear map: {self.ran} ran in one forward. With LoRA on the head, leave it out "
-                    f"of target_modules, or merge the adapter"
-                )
-            if type(layer.weight) not in _PLAIN:
-                raise ValueError(f"{self.kind} has a weight of type {type(layer.weight).__name__}, not a plain tensor")
-            return self.compute(layer, input)
-
-        return forward
-
-    def start(self, compute: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        self.compute, self.ran, self.logps = compute, [], None
-
-    def finish(self) -> None:
-        if not self.ran:
-            raise ValueError(f"{self.kind} did not run: none of its linear layers {list(self.linears)} was called")
-
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    forward = vars(layer).get("_old_forward") or layer.forward
-    return isinstance(layer, nn.Linear) and getattr(forward, "__func__", None) is nn.Linear.forward
-
-
-def _put_back(layer: nn.Module, place: str, own: object) -> None:
-    if own is None:
-        delattr(layer, place)
-    else:
-        setattr(layer, place, own)
+        return dlogps, ctx.output
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP1 and DeepSpeed (`module`), torch.compile (`_orig_mod`) and PEFT."""
+    """The transformers model inside DDP, DeepSpeed, FSDP1 (``module``), ``torch.compile`` (``_orig_mod``) and PEFT."""
     if isinstance(model, nn.DataParallel):
-        raise TypeError("model: nn.DataParallel splits the inputs but not the labels; use DistributedDataParallel")
+        raise TypeError("model: got nn.DataParallel, which does not split the labels; wanted DistributedDataParallel")
     for name in ("module", "_orig_mod"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module):
+        if isinstance(inner := getattr(model, name, None), nn.Module):
             return _causal_lm(inner)
     if hasattr(model, "get_base_model"):
         return model.get_base_model()
     if not hasattr(model, "get_output_embeddings"):
-        raise TypeError(f"model: wanted a transformers causal LM, got {type(model).__name__}")
+        raise TypeError(f"model: got {type(model).__name__}, wanted a transformers causal LM")
     return model
 
 
-@torch.no_grad()
-def _inspect(head: _Head, forward: Callable[[], object], core: nn.Module, backend: str | None) -> PostHead:
-    """Two forwards of the whole model with a head of a few rows: one fits what follows the head, one compares."""
-
-    def run(compute: Callable[[nn.Linear, Tensor], Tensor]) -> Tensor:
-        head.start(compute)
-        output = forward()
-        head.finish()
-        if not isinstance(getattr(output, "logits", None), Tensor):
-            raise ValueError(f"{head.owner}: wanted an output with .logits, got {type(output).__name__}")
-        return output.logits
-
-    def known(linear: nn.Linear, hidden: Tensor) -> Tensor:
-        nonlocal values
-        values = known_values(linear.weight.shape[0], hidden.device)
-        return values
-
-    def both(linear: nn.Linear, hidden: Tensor) -> Tensor:
-        nonlocal labels, fused
-        rows = hidden.reshape(1, -1, hidden.shape[-1])
-        rows = rows[:, :: max(1, rows.shape[1] // 4)]
-        vocab = linear.weight.shape[0]
-        labels = torch.arange(1, rows.shape[1] + 1, device=rows.device)[None] * vocab // (rows.shape[1] + 1)
-        fused = linear_token_logps(
-            rows, linear.weight, labels, bias=linear.bias, scale=post_head.scale, softcap=post_head.softcap, backend=backend
-        )
-        return nn.Linear.forward(linear, rows)
-
-    values = labels = fused = None
+@contextmanager
+def _random_state_kept(core: nn.Module) -> Iterator[None]:
+    """A run that inspects draws the same dropout masks after it as one that does not."""
     devices = {p.device.index for p in core.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices):  # the run's random numbers are not ours to use up
-        try:
-            post_head = fit_post_head(values, run(known)) if False else None
-        finally:
-            pass
-    return post_head
+    # Under autocast a weight cast without gradients stays cached, and would serve the forward that needs them.
+    with torch.random.fork_rng(devices):
+        yield
+    torch.clear_autocast_cache()

@@ -1,55 +1,119 @@
-"""What a model does to its head's output: found by feeding known values through its own code.
+"""What a model does to its head's output, found by feeding known values through its own code.
 
-Softcaps and logit scales go by many names (`final_logit_softcapping`, `logits_scaling` as a divisor, `logit_scale` as a
-factor, a constant in the code). A table of them is wrong for the next architecture and says nothing; so the head is made
-to return known values, and the model's `.logits` for them tell the map. It must be z = softcap * tanh(scale * x / softcap)
-or z = scale * x, the same in every column: that is what the kernels compute.
+Softcaps and logit scales go by many names (``final_logit_softcapping``, ``logits_scaling`` as a divisor, ``logit_scale``
+as a factor, constants in the code), and a table of names says nothing about the next architecture. So the head is made to
+return known values, and the ``.logits`` that the model makes of them tell the map.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-LINEAR = 2.0**-8  # tanh(x) = x (1 - x^2 / 3): for any softcap in use the curve cannot be seen below this
-SATURATED = 2.0**15  # tanh is 1 here; a float16 output still holds it
+from .. import linear_token_logps
+from .head_layer import Compute, HeadLayer
+
+_LINEAR = 2.0**-8  # tanh(x) = x - x^3 / 3: below this no softcap in use bends the line by more than rounding
+_SATURATED = 2.0**15  # tanh is 1 here, for any softcap in use, and a float16 output still holds it
+_TOKENS = 4
 
 
 class PostHead(NamedTuple):
+    """``z = scale * x``, then ``softcap * tanh(z / softcap)`` if there is one: what the kernels can do."""
+
     scale: float
     softcap: float | None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         z = self.scale * x
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
-def known_values(vocab: int, device: torch.device) -> torch.Tensor:
-    """[1, 2, V]: a row that shows the scale, and a row that shows the softcap, over the columns' whole width."""
+@torch.no_grad()
+def inspect(head: HeadLayer, call: Callable[[], object], backend: str | None) -> PostHead:
+    """The map from the head's output to ``.logits``: two forwards of the model, with a head of no more than a few rows.
+
+    The first fits the map, the second compares a few tokens' log-probs with those of the model's own ``.logits``.
+    ValueError where there is no such map, and where the two differ.
+    """
+    known = None
+
+    def known_rows(linear: nn.Linear, hidden: Tensor) -> Tensor:
+        nonlocal known
+        known = known_values(linear.weight.shape[0], hidden.device)
+        return known
+
+    logits = _logits(head, known_rows, call)
+    post_head = fit_post_head(known, logits)
+
+    fused = labels = eps = None
+
+    def few_rows(linear: nn.Linear, hidden: Tensor) -> Tensor:
+        nonlocal fused, labels, eps
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        rows = rows[:, :: max(1, rows.shape[1] // _TOKENS)][:, :_TOKENS]
+        # Spread over the vocabulary: the user's labels may all be ignored on this rank, and not on another.
+        labels = torch.arange(1, rows.shape[1] + 1, device=rows.device)[None] * linear.out_features // (_TOKENS + 1)
+        fused = linear_token_logps(rows, linear.weight, labels, bias=linear.bias, backend=backend, **post_head._asdict())
+        plain = nn.Linear.forward(linear, rows)
+        eps = torch.finfo(plain.dtype).eps
+        return plain
+
+    logits = _logits(head, few_rows, call).double()
+    own = torch.log_softmax(logits, dim=-1).gather(-1, labels[..., None])[..., 0]
+    if torch.get_float32_matmul_precision() != "highest":
+        eps = max(eps, 2.0**-8)
+    tol = 4 * eps * (1 + logits.abs().amax(-1))
+    off = ~torch.isclose(fused.double(), own, rtol=0, atol=0, equal_nan=True) & ~((fused - own).abs() <= tol)
+    if off.any():
+        i = int(off.flatten().nonzero()[0])
+        raise ValueError(
+            f"model: {head.kind} fused, gives a token the log-prob {fused.flatten()[i]:.6f}; the model's own .logits give "
+            f"{own.flatten()[i]:.6f}. Refused: use token_logps on the logits"
+        )
+    return post_head
+
+
+def _logits(head: HeadLayer, compute: Compute, call: Callable[[], object]) -> Tensor:
+    head.begin(compute)
+    output = call()
+    head.end()
+    if not isinstance(getattr(output, "logits", None), Tensor):
+        raise ValueError(f"model: its forward returned {type(output).__name__}, wanted an output with .logits")
+    return output.logits
+
+
+def known_values(vocab: int, device: torch.device) -> Tensor:
+    """``[1, 2, V]``: a row that shows the scale and a row that shows the softcap, over every column."""
     ramp = torch.linspace(-1, 1, vocab, device=device)
-    known = torch.stack([LINEAR * ramp, 64 * ramp])[None]
-    known[0, 1, -1] = SATURATED
+    known = torch.stack([_LINEAR * ramp, 64 * ramp])[None]
+    known[0, 1, -1] = _SATURATED
     return known
 
 
-def fit_post_head(known: torch.Tensor, logits: torch.Tensor) -> PostHead:
-    """The (scale, softcap) with which the model maps `known` to `logits`; ValueError if there is none."""
+def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
+    """The map that takes ``known`` to ``logits``, the same in every column; ValueError if none does."""
     if logits.shape != known.shape:
-        raise ValueError(f"its head gives {list(known.shape)}, but its .logits are {list(logits.shape)}")
-    eps = torch.finfo(logits.dtype).eps
-    x, z = known.double(), logits.double()
-    # Least squares, not one quotient: with a bfloat16 output each quotient alone is off by 0.4%.
+        raise ValueError(
+            f"model: .logits of shape {list(logits.shape)} from a head output of {list(known.shape)}, wanted the same shape. "
+            "Use token_logps on the logits"
+        )
+    x, z = known.double(), logits.to(known.device).double()
+    # Least squares over the row: where .logits are bfloat16, a single quotient is off by up to 0.4%.
     scale = float((x[0, 0] * z[0, 0]).sum() / x[0, 0].square().sum())
     top = float(z[0, 1, -1])
-    linear = abs(top - scale * SATURATED) <= 0.01 * abs(scale) * SATURATED
-    post_head = PostHead(scale, None if linear else top)
+    straight = abs(top - scale * _SATURATED) <= 0.01 * abs(top)
+    post_head = PostHead(scale, None if straight else top)
     fitted = post_head(x)
-    bad = ~((z - fitted).abs() <= 8 * eps * fitted.abs())
-    if bad.any():
-        i = int(bad.flatten().nonzero()[0])
+    fits = (z - fitted).abs() <= 8 * torch.finfo(logits.dtype).eps * fitted.abs()
+    if not (fits.all() and scale > 0):
+        i = int((~fits).flatten().nonzero()[0]) if not fits.all() else 0
         raise ValueError(
-            f"its .logits are no scaled and softcapped head output: for a head output of {x.flatten()[i]:.6g} in column "
-            f"{i % x.shape[-1]} they are {z.flatten()[i]:.6g}, where {post_head} gives {fitted.flatten()[i]:.6g}"
+            f"model: .logits are not softcap * tanh(scale * x / softcap) of the head's output x: the closest, {post_head}, "
+            f"gives {fitted.flatten()[i]:.6g} for x = {x.flatten()[i]:.6g} in column {i % x.shape[-1]}, the model "
+            f"{z.flatten()[i]:.6g}. Use token_logps on the logits"
         )
     return post_head

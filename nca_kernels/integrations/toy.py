@@ -34,7 +34,7 @@ def prompts(sums: Tensor) -> Tensor:
 
 def answers(sums: Tensor) -> Tensor:
     """The right answers as tokens, [n, R], filled up with EOS."""
-    texts = (str(a + b) for a, b in sums.tolist())
+    texts = (str(a + b)[::-1] for a, b in sums.tolist())
     return torch.tensor([[CHARS.index(c) for c in text] + [EOS] * (ANSWER_LENGTH - len(text)) for text in texts])
 
 
@@ -43,7 +43,7 @@ def share_of_right_digits(sums: Tensor, responses: Tensor) -> Tensor:
     scores = []
     for (a, b), group in zip(sums.tolist(), responses.tolist(), strict=True):
         answer = str(a + b)[::-1]
-        texts = ("".join(CHARS[token] for token in response if token != EOS)[::-1] for response in group)
+        texts = ("".join(CHARS[token] for token in response if token != EOS) for response in group)
         scores.append([sum(x == y for x, y in zip(text, answer, strict=False)) / max(len(text), len(answer)) for text in texts])
     return torch.tensor(scores)
 

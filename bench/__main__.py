@@ -1,0 +1,60 @@
+"""``python -m bench SUITE``: measure a suite, print its table, store its JSON. ``python -m bench plot``: draw them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import schema
+from .measure import Budget, measure
+
+SUITES = ("logps", "group", "linear")
+RESULTS = Path(__file__).parent / "results"
+SECONDS = {"cpu": 30.0, "cuda": 5.0}  # for each problem
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in SUITES:
+        suite = importlib.import_module(f".{name}", __package__)
+        command = commands.add_parser(name, help=suite.__doc__.split("\n")[0])
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--quick", action="store_true", help="three rounds each, for a look; stored under out/")
+        command.add_argument("--out", type=Path, help="default: bench/results, or out/bench with --quick")
+    commands.add_parser("plot", help="draw every stored result into docs/img")
+    options = parser.parse_args(arguments)
+    if options.command == "plot":
+        from .plot import plot
+
+        plot(RESULTS, Path("docs/img"))
+        return
+    out = options.out or (Path("out/bench") if options.quick else RESULTS)
+    budget = Budget(rounds=3, seconds=0.0) if options.quick else Budget(rounds=7, seconds=SECONDS[options.device])
+    suite = importlib.import_module(f".{options.command}", __package__)
+    print("stored", run(options.command, options.device, suite.CASES[options.device], budget, out))
+
+
+def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -> Path:
+    """Measure the cases of a suite; where its JSON went."""
+    warnings.filterwarnings("ignore", module="torch")  # of peers, once a call
+    torch.manual_seed(0)
+    started = time.monotonic()
+    suite = importlib.import_module(f".{name}", __package__)
+    document = {"header": schema.header(name, device), "rows": []}
+    print(", ".join(f"{key} {value}" for key, value in document["header"].items() if value is not None), "\n")
+    for problem, implementations in suite.problems(device, cases):
+        rows = schema.rows(name, problem, *measure(problem, implementations, budget))
+        document["rows"] += rows
+        print(schema.table(rows), flush=True)
+    print(f"{name}: {time.monotonic() - started:.0f} s")
+    return schema.write(out, document)
+
+
+if __name__ == "__main__":
+    main()

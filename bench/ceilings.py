@@ -1,0 +1,71 @@
+"""How fast this machine reads, copies and multiplies: what the suites' times are held against."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cases import Ceiling, Unsupported
+
+
+@cache
+def _cpu_reader():
+    if shutil.which("g++") is None:
+        raise Unsupported("g++ is not on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "read.so")
+        source = Path(__file__).with_name("read.cpp")
+        subprocess.run(
+            ["g++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
+        )
+        function = ctypes.CDLL(str(library)).read_all
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    function.restype = ctypes.c_uint64
+    return function
+
+
+def read(name: str, tensor: Tensor) -> Ceiling:
+    """One read of the problem's tensor ``name``."""
+
+    def build():
+        if tensor.is_cuda:
+            from .gpu_read import BLOCK, read_all
+
+            sums = torch.empty(tensor.nbytes // 4 // BLOCK + 1, dtype=torch.int32, device=tensor.device)
+            return lambda tensors: read_all(tensors[name], sums)
+        read_all = _cpu_reader()
+        return lambda tensors: read_all(tensors[name].data_ptr(), tensor.nbytes // 8, torch.get_num_threads())
+
+    return Ceiling(build, tensor.nbytes)
+
+
+def copy(name: str, tensor: Tensor) -> Ceiling:
+    """One copy of the problem's tensor ``name`` into memory that is there already."""
+
+    def build():
+        target = torch.zeros_like(tensor)
+        return lambda tensors: target.copy_(tensors[name])
+
+    return Ceiling(build, 2 * tensor.nbytes)
+
+
+def gemm(hidden: Tensor, weight: Tensor) -> Ceiling:
+    """The one product ``[M, D] x [D, V]`` into memory that is there already."""
+
+    def build():
+        logits = torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+
+        def call(tensors):
+            with torch.no_grad():
+                torch.mm(tensors["hidden"], tensors["weight"].t(), out=logits)
+
+        return call
+
+    return Ceiling(build, 2 * hidden.numel() * len(weight))

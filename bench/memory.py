@@ -1,0 +1,65 @@
+"""Peak extra memory of a call, and poison for the memory that it is given."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+MIB = 2**20
+
+
+def peak_extra(function: Callable[[], object], device: str) -> tuple[object, float | None]:
+    """What ``function`` returns, and the MiB that it took at its peak beyond what was held before.
+
+    On a GPU PyTorch's allocator counts (no kernel here allocates past it). On the CPU the kernel does: the resident set's
+    high-water mark, reset by ``/proc/self/clear_refs``, so memory that no allocator hook sees (a C++ extension's, oneDNN's
+    scratch) counts too. Memory that malloc kept from before would hide new use, so it goes back to the system first. Call
+    it on a warm function: code pages and thread stacks count as well. Exact to about 1 MiB.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        return result, (torch.cuda.max_memory_allocated() - before) / MIB
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except (OSError, AttributeError):  # not Linux, not glibc: no number rather than a wrong one
+        return function(), None
+    before = _status("VmRSS")
+    result = function()
+    return result, max(0, _status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+
+@contextmanager
+def poisoned(device: str):
+    """Memory handed out inside is full of garbage: an output that a kernel leaves unwritten shows."""
+    if device == "cuda":
+        # Half of what is free, as NaN; the caching allocator then cuts the blocks it hands out from these two pools.
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        blocks = [torch.full((free // 8,), torch.nan, device="cuda")]
+        blocks += [torch.full((2**16,), torch.nan, device="cuda") for _ in range(64)]
+        del blocks
+        yield
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    M_PERTURB = -6  # glibc fills what it hands out with the complement of this byte: 0x7f7f7f7f is 3.4e38
+    mallopt(M_PERTURB, 0x80)
+    try:
+        yield
+    finally:
+        mallopt(M_PERTURB, 0)

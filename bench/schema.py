@@ -1,0 +1,203 @@
+"""The one format of a result: header and rows as JSON, checked before they are written; and the table of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .cases import Problem
+from .measure import Outcome, median, quantile
+
+NUMBER = (int, float, type(None))
+TEXT = (str, type(None))
+HEADER = {
+    "suite": str,
+    "device": str,  # cpu or cuda
+    "hardware": str,
+    "driver": TEXT,
+    "torch": str,
+    "triton": TEXT,
+    "version": TEXT,  # of nca_kernels
+    "revision": TEXT,  # of the repository
+    "date": str,
+    "command": str,
+    "threads": int,
+}
+ROW = {
+    "suite": str,
+    "case": str,
+    "pass": str,  # fwd, fwd+bwd, or fwd+bwd in place
+    "dtype": str,
+    "implementation": str,
+    "status": str,  # ok, wrong, "unsupported: reason" or "failed: reason"; only ok is timed
+    "ms": NUMBER,  # median
+    "ms_p20": NUMBER,
+    "ms_p80": NUMBER,
+    "samples": int,
+    "bytes": NUMBER,  # the least traffic that answers the case (null where arithmetic bounds it)
+    "flop": NUMBER,  # the least arithmetic (null where traffic bounds it)
+    "share": NUMBER,  # of the measured ceiling: the time of that least work at the ceiling's rate, over ms
+    "units": NUMBER,  # ms over the time of the case's unit (one read of the logits, one GEMM)
+    "speedup": NUMBER,  # ms of plain PyTorch at this case and pass, over ms
+    "peak_mib": NUMBER,  # beyond the inputs
+    "result_mib": NUMBER,  # the part of it that is outputs and gradients
+    "error": NUMBER,  # of the values against float64, in units of 1 + |truth|
+    "grad_error": NUMBER,  # of the gradients against float64, in units of the largest gradient
+}
+PLAIN = "plain"
+
+
+def header(suite: str, device: str) -> dict:
+    return {
+        "suite": suite,
+        "device": device,
+        "hardware": hardware(device),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "version": _version("nca_kernels"),
+        "revision": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0].strip()
+
+
+def rows(suite: str, problem: Problem, outcomes: list[Outcome], ceilings: dict[str, list[float]]) -> list[dict]:
+    """A problem's outcomes as rows; the ceilings come as rows of their own, named ``ceiling: ...``."""
+    for name, times in ceilings.items():
+        status = "ok" if times else "unsupported: no compiler for it"
+        outcomes = [*outcomes, Outcome(f"ceiling: {name}", problem.pass_name, status, times)]
+    plain = next((median(each.times) for each in outcomes if each.name == PLAIN and each.times), None)
+    unit = median(ceilings[problem.unit]) if ceilings.get(problem.unit) else None
+    floor = None
+    if ceilings.get(problem.bound_by):
+        floor = problem.amount / problem.ceilings[problem.bound_by].amount * median(ceilings[problem.bound_by])
+    result = []
+    for outcome in outcomes:
+        ms = median(outcome.times) if outcome.times else None
+        is_ceiling = outcome.name.startswith("ceiling: ")
+        amount = problem.ceilings[outcome.name[9:]].amount if is_ceiling else problem.amount
+        result.append(
+            {
+                "suite": suite,
+                "case": problem.case,
+                "pass": outcome.pass_name,
+                "dtype": problem.dtype,
+                "implementation": outcome.name,
+                "status": outcome.status,
+                "ms": ms,
+                "ms_p20": quantile(outcome.times, 0.2) if outcome.times else None,
+                "ms_p80": quantile(outcome.times, 0.8) if outcome.times else None,
+                "samples": len(outcome.times),
+                "bytes": amount if problem.kind == "bytes" else None,
+                "flop": amount if problem.kind == "flop" else None,
+                "share": floor / ms if floor and ms and not is_ceiling else None,
+                "units": ms / unit if unit and ms else None,
+                "speedup": plain / ms if plain and ms and not is_ceiling else None,
+                "peak_mib": outcome.peak_mib,
+                "result_mib": outcome.result_mib,
+                "error": outcome.error,
+                "grad_error": outcome.grad_error,
+            }
+        )
+    return result
+
+
+def check(document: dict) -> None:
+    """Raise ``ValueError`` where ``document`` is not of this format."""
+    if set(document) != {"header", "rows"}:
+        raise ValueError(f"wanted header and rows, got {sorted(document)}")
+    for fields, record in [(HEADER, document["header"]), *((ROW, row) for row in document["rows"])]:
+        if set(record) != set(fields):
+            raise ValueError(f"fields {sorted(set(record) ^ set(fields))} are missing or unknown")
+        for name, kind in fields.items():
+            if not isinstance(record[name], kind):
+                raise ValueError(f"{name}: got {record[name]!r}, wanted {kind}")
+    for row in document["rows"]:
+        if row["status"].partition(":")[0] not in ("ok", "wrong", "unsupported", "failed"):
+            raise ValueError(f"status: got {row['status']!r}")
+        if (row["ms"] is None) == (row["status"] == "ok"):
+            raise ValueError(f"a row is timed if and only if it is ok, got {row}")
+
+
+def path(folder: Path, document: dict) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", document["header"]["hardware"].lower()).strip("-")
+    return folder / device / f"{document['header']['suite']}.json"
+
+
+def write(folder: Path, document: dict) -> Path:
+    check(document)
+    target = path(folder, document)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A row on one line: a new run then shows as a short diff.
+    lines = ",\n".join("  " + json.dumps(row) for row in document["rows"])
+    target.write_text(f'{{"header": {json.dumps(document["header"], indent=1)},\n "rows": [\n{lines}\n]}}\n')
+    return target
+
+
+def load(file: Path) -> dict:
+    document = json.loads(file.read_text())
+    check(document)
+    return document
+
+
+COLUMNS = {
+    "ms": ("ms", "{:.3f}"),
+    "p20": ("ms_p20", "{:.3f}"),
+    "p80": ("ms_p80", "{:.3f}"),
+    "units": ("units", "{:.2f}"),
+    "share": ("share", "{:.0%}"),
+    "vs plain": ("speedup", "{:.2f}x"),
+    "peak MiB": ("peak_mib", "{:.0f}"),
+    "results": ("result_mib", "{:.0f}"),
+    "error": ("error", "{:.1e}"),
+    "grad err": ("grad_error", "{:.1e}"),
+}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of one problem under its title."""
+    first = rows[0]
+    width = max(len(row["implementation"]) for row in rows) + 9
+    head = f"{'':<{width}}" + "".join(f"{name:>11}" for name in COLUMNS)
+    lines = [f"{first['suite']}: {first['case']}, {first['dtype']}, {rows[0]['pass'].removesuffix(' in place')}", head]
+    for row in rows:
+        label = row["implementation"] + ("  (in place)" if row["pass"].endswith("in place") else "")
+        cells = ["-" if row[key] is None else form.format(row[key]) for key, form in COLUMNS.values()]
+        text = "".join(f"{cell:>11}" for cell in cells) if row["status"] in ("ok", "wrong") else f"  {row['status']}"
+        lines.append(f"{label:<{width}}{text}" + ("  wrong" if row["status"] == "wrong" else ""))
+    return "\n".join(lines) + "\n"
