@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CUDA_ARCHS = ("80", "90", "100")  # machine code for these, PTX of the last for what comes after
 COMPILER = os.environ.get("CXX", "c++").split()
+CXXFLAGS = os.environ.get("CXXFLAGS", "").split()
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]  # Apple's clang has none: one thread there
 # One object per instruction set, chosen at run time, so that one wheel serves every machine of its architecture.
 ISA_FLAGS = {
@@ -72,7 +73,7 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # nvcc links the static CUDA runtime: the extension then loads on machines without CUDA, and beside PyTorch's own.
-        linker = [find_nvcc(), "-cudart=static"] if device == "cuda" else [*COMPILER, *OPENMP]
+        linker = [find_nvcc(), "-cudart=static"] if device == "cuda" else [*COMPILER, *OPENMP, *CXXFLAGS]
         self.spawn([*linker, "-shared", *objects, "-o", str(target)])
         print(f"nca_kernels: built {module}")
 
@@ -80,7 +81,7 @@ class BuildKernels(build_ext):
         """Compile one C++ file to an object of its own name."""
         output = str(self.objects / f"{stem}.o")
         self.spawn(
-            [*COMPILER, "-std=c++17", "-O3", "-fPIC", "-Wall", *self.include, *flags, "-c"]
+            [*COMPILER, "-std=c++17", "-O3", "-fPIC", "-Wall", *self.include, *flags, *CXXFLAGS, "-c"]
             + [str(ROOT / "csrc" / source), "-o", output]
         )
         return output

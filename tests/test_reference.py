@@ -170,6 +170,7 @@ def test_response_weights_at_alpha_zero_and_near_it():
     want = matrix([0, 1 / 2, 1 / 2, 0], [1 / 4] * 4, [0] * 4, [1, 0, 0, 0])
     for alpha in (0.0, 1e-3):
         torch.testing.assert_close(response_weights(scores, alpha, mask), want)
+    assert torch.equal(reference.best_scored(scores, mask), want > 0)
 
 
 def test_response_weights_of_huge_scores_in_float32():

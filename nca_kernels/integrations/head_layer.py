@@ -56,6 +56,12 @@ class HeadLayer:
                     f"model: {self.kind} is not one linear map, {self._ran} of its layers ran in one forward. If that is "
                     "LoRA on the head, leave it out of target_modules, merge the adapter, or use token_logps on the logits"
                 )
+            # Seen here, inside the module's hooks: outside them FSDP2's weight is a DTensor, and plain within.
+            if type(linear.weight) not in (Tensor, nn.Parameter):
+                raise ValueError(
+                    f"model: {self.kind} has a weight of type {type(linear.weight).__name__} in its forward, wanted a plain "
+                    "tensor (neither quantised nor tensor-parallel). Use token_logps on the logits"
+                )
             return self._compute(linear, input)
 
         return forward
@@ -67,12 +73,8 @@ def _place(linear: nn.Linear) -> str:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # Quantised layers are often subclasses of nn.Linear, or nn.Linear with a weight of a subclass of Tensor.
-    return (
-        isinstance(module, nn.Linear)
-        and getattr(getattr(module, _place(module)), "__func__", None) is nn.Linear.forward
-        and not hasattr(module.weight, "tensor_impl")
-    )
+    # Quantised and tensor-parallel layers are nn.Linear too, with a forward of their own.
+    return isinstance(module, nn.Linear) and getattr(getattr(module, _place(module)), "__func__", None) is nn.Linear.forward
 
 
 def _restore(linear: nn.Linear, place: str, own: object) -> None:
