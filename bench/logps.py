@@ -37,7 +37,8 @@ TINY = [(16, 1000, dtype, True) for dtype in ("float32", "bfloat16")]
 def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
     for rows, vocab, dtype, ignored in cases:
         for leaves in ((), ("logits",)):
-            yield _problem(rows, vocab, dtype, ignored, leaves, device), implementations(device, DTYPES[dtype], ignored)
+            problem = _problem(rows, vocab, dtype, ignored, leaves, device)
+            yield problem, implementations(device, DTYPES[dtype], ignored, bool(leaves))
 
 
 def _problem(rows, vocab, dtype, ignored, leaves, device) -> Problem:
@@ -81,15 +82,16 @@ def _truth(logits, labels, upstream):
     return errors
 
 
-def implementations(device: str, dtype: torch.dtype, ignored: bool) -> list[Implementation]:
-    def token_logps(backend, inplace):
+def implementations(device: str, dtype: torch.dtype, ignored: bool, backward: bool) -> list[Implementation]:
+    def token_logps(backend, inplace=False):
         return ours("token_logps", backend, device, dtype, inplace_backward=inplace)
 
     names = BACKENDS[device]
-    mine = [Implementation(f"nca_kernels {name}", token_logps(name, False)) for name in names]
-    mine += [Implementation(f"nca_kernels {name}", token_logps(name, True), inplace=True) for name in names]
+    mine = [Implementation(f"nca_kernels {name}", token_logps(name)) for name in names]
     # The same once more: the difference is the noise.
-    again = Implementation(f"nca_kernels {names[0]} again", token_logps(names[0], False))
+    mine.append(Implementation(f"nca_kernels {names[0]} again", token_logps(names[0])))
+    if backward:
+        mine += [Implementation(f"nca_kernels {name}", token_logps(name, True), inplace=True) for name in names]
 
     def plain():
         return lambda tensors: plain_logps(**tensors)
@@ -107,9 +109,10 @@ def implementations(device: str, dtype: torch.dtype, ignored: bool) -> list[Impl
         from trl.trainer.utils import selective_log_softmax
 
         def call(tensors):
-            labels = tensors["labels"]
+            # Two sequences: in float32 it loops over the first dimension, so rows alone would be its worst case.
+            logits, labels = (tensor.unflatten(0, (2, -1)) for tensor in tensors.values())
             mask = labels != IGNORE_INDEX if ignored else None
-            return selective_log_softmax(tensors["logits"], labels.clamp(min=0), row_mask=mask)
+            return selective_log_softmax(logits, labels.clamp(min=0), row_mask=mask).flatten()
 
         return call
 
@@ -120,22 +123,22 @@ def implementations(device: str, dtype: torch.dtype, ignored: bool) -> list[Impl
             tensors["logits"], tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none"
         )
 
-    def quack(inplace):
+    def quack(inplace=False):
         from quack import cross_entropy
 
         return lambda tensors: cross_entropy.cross_entropy(
             tensors["logits"], tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none", inplace_backward=inplace
         )
 
-    return [
-        *mine,
-        again,
+    peers = [
         Implementation("plain", plain),
         Implementation("F.cross_entropy", cross_entropy, negated=True),
         Implementation("torch.compile", torch_compile),
         Implementation("TRL selective_log_softmax", trl),
-        # Liger's forward writes the gradient over the logits, always.
-        Implementation("Liger", on_gpu(device, liger), negated=True, inplace=True),
-        Implementation("quack", on_gpu(device, lambda: quack(False)), negated=True),
-        Implementation("quack", on_gpu(device, lambda: quack(True)), negated=True, inplace=True),
+        # With a gradient to come, Liger's forward writes it over the logits, always.
+        Implementation("Liger", on_gpu(device, liger), negated=True, inplace=backward),
+        Implementation("quack", on_gpu(device, quack), negated=True),
     ]
+    if backward:
+        peers.append(Implementation("quack", on_gpu(device, lambda: quack(True)), negated=True, inplace=True))
+    return mine + peers

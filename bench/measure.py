@@ -51,13 +51,12 @@ def measure(
     sets = _copies(problem)
     outcomes, contestants = [], []
     for implementation in implementations:
-        inplace = implementation.inplace and bool(problem.leaves)
-        outcome = Outcome(implementation.name, problem.pass_name + (" in place" if inplace else ""))
+        outcome = Outcome(implementation.name, problem.pass_name + (" in place" if implementation.inplace else ""))
         outcomes.append(outcome)
         call = _checked(problem, implementation, sets[0], outcome, device)
         _restore(problem, sets[0])
         if call is not None:
-            contestants.append((call, outcome.times, inplace))
+            contestants.append((call, outcome.times, implementation.inplace))
     ceilings: dict[str, list[float]] = {name: [] for name in problem.ceilings}
     for name, ceiling in problem.ceilings.items():
         try:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .tiles import slices, tile_shape
+from .tiles import ProductSum, product, split, tile_shape
 
 
 @dataclass
 class Head:
-    """A head's columns ``[vocab_start, vocab_start + V)`` and what turns its tiles into statistics and gradients."""
+    """A head's columns from ``vocab_start`` of ``vocab_total``, and what makes of a tile statistics and gradients."""
 
     weight: Tensor
     bias: Tensor | None
@@ -41,17 +41,17 @@ class Head:
             torch.addmm(self.bias[columns], hidden, weight, out=out)
 
     def stats(self, logits: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
-        logps = torch.empty_like(labels, dtype=torch.float32)  # a slice's own: of no use before the merge
-        self.kernels.token_logps_fwd(
-            logits[None], labels[None], logps[None], out[:, None], **self._settings(columns)
-        )
+        logps = torch.empty_like(labels, dtype=torch.float32)  # of the slice's own softmax: not needed
+        self.kernels.token_logps_fwd(logits[None], labels[None], logps[None], out[:, None], **self._settings(columns))
 
-    def dlogits(self, dlogps: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor) -> None:
+    def dlogits(
+        self, dlogps: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor
+    ) -> None:
         self.kernels.token_logps_bwd(
             dlogps[None], logits[None], labels[None], stats[:, None], out[None], **self._settings(columns)
         )
 
-    def _settings(self, columns: slice) -> dict:
+    def _settings(self, columns: slice) -> dict[str, Any]:
         return {
             "ignore_index": self.ignore_index,
             "scale": self.scale,
@@ -66,63 +66,59 @@ class Head:
         return (column >= columns.start) & (column < columns.stop)
 
     def dtarget(self, labels: Tensor, target: Tensor) -> Tensor:
-        """The derivative by ``hidden`` of the label's own z, ``[M, D]`` float32, whatever where another rank holds it."""
+        """``d target / d hidden [M, D]`` in float32; of some other column where another rank holds the label's."""
         column = (labels - self.vocab_start).clamp(0, len(self.weight) - 1)
-        slope = self.scale if self.softcap is None else self.scale * (1 - (target / self.softcap).square())[:, None]
-        return self.weight.index_select(0, column).float().mul_(slope)
+        dtarget = self.weight.index_select(0, column).float().mul_(self.scale)
+        return dtarget if self.softcap is None else dtarget.mul_((1 - (target / self.softcap).square())[:, None])
+
+
+# --- slices of a vocabulary ------------------------------------------------------------------------------------------
 
 
 def merge(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """The statistics ``[3, M]`` of rows whose columns were split in P ``parts [P, 3, M]``, and each part's probability.
+    """Of ``parts [P, 3, M]``, the statistics of P slices: those of the whole ``[3, M]``, and each's probability ``[P, M]``.
 
-    A part of nothing but -inf has the maximum -inf and the sum 0, and probability 0. NaN stays NaN.
+    A slice of nothing but -inf has the maximum -inf, the sum 0 and the probability 0. NaN stays NaN.
     """
     maxima, sums, targets = parts.unbind(1)
     top = maxima.amax(0)
     # Equal maxima take no exponential: -inf - (-inf) is NaN.
     sums = torch.where(maxima == top, sums, sums * (maxima - top).exp())
     total = sums.sum(0)
-    return torch.stack((top, total, targets.sum(0))), sums / torch.where(total == 0, 1.0, total)
+    return torch.stack((top, total, targets.sum(0))), sums / total.masked_fill(total == 0, 1.0)
 
 
 def missing_target(shares: Tensor, holds: Tensor) -> Tensor:
-    """How much of the label's onehot is missing where each part's gradient was scaled by its share, both ``[P, M]``.
+    """What lacks of the label's onehot when each slice's ``onehot - p`` is weighted by its share; both are ``[P, M]``.
 
-    A part gives ``share * (onehot - p)``, p its own softmax. What is missing of onehot is the other parts' shares: their
-    sum, since ``1 - share`` would cancel where share is nearly 1.
+    The other slices' shares. As a sum: ``1 - share`` would cancel where the label is likely.
     """
     return shares.masked_fill(holds, 0.0).sum(0) * holds.any(0)
 
 
-def forward(
-    head: Head, hidden: Tensor, labels: Tensor, frozen: bool, kept: Tensor, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``logps [M]``, ``stats [3, M]`` and, for a ``frozen`` head, ``u = dlogps/dhidden [M, D]`` (else empty).
+class FrozenBlock:
+    """``u = dlogps/dhidden`` of a block of rows in one pass over the slices, each by its own statistics.
 
-    ``kept`` is flat room for logits; as many columns as fit in are left there for :func:`backward`. With a ``group``, u
-    is this rank's addend, in float32.
+    ``u`` so far belongs to the softmax over the columns so far. With a slice more, both shrink to their share of it.
     """
-    rows = _scored_rows(labels, head.ignore_index)
-    hidden, labels = _gather(hidden, rows), _gather(labels, rows)
-    M, D = hidden.shape
-    stats = hidden.new_empty((3, M), dtype=torch.float32)
-    u = hidden.new_empty((M if frozen else 0, D), dtype=torch.float32 if group else hidden.dtype)
-    store = _columns_kept(kept, M, len(head.weight))
-    blocks, columns, buffer = _tiling(head, hidden, store, frozen)
-    for block in blocks:
-        x, y = hidden[block], labels[block]
-        parts = stats.new_empty((len(columns), 3, len(y)))
-        partial = Frozen(head, y) if frozen else None
-        for part, cols in zip(parts, columns, strict=True):
-            tile = _tile(buffer, store, block, cols)
-            head.logits(x, cols, tile)
-            head.stats(tile, y, cols, part)
-            if partial:
-                partial.add(tile, part, cols)
-        stats[:, block] = merge(parts)[0]
-        if partial:
-            partial.finish(u[block])
-    if group and M:
-        _merge_ranks(head, labels, stats, u, blocks, group)
-    logps = ((stats[2] - stats[0]) - stats[1].log()).masked_fill_(labels == head.ignore_index, 0.0)
-    return _scatter(logps, rows, 0), _scatter(stats, rows, 1), _scatter(u, rows, 0) if frozen else u
+
+    def __init__(self, head: Head, labels: Tensor, D: int):
+        self.head, self.labels = head, labels
+        self.stats = torch.tensor([-torch.inf, 0.0, 0.0], device=labels.device)[:, None].repeat(1, len(labels))
+        self.u = self.stats.new_zeros((len(labels), D))
+        self.missing = self.stats.new_zeros(len(labels))
+        self.seen = torch.zeros_like(labels, dtype=torch.bool)
+
+    def add(self, dlogits: Tensor, part: Tensor, columns: slice) -> None:
+        here = self.head.holds(self.labels, columns)
+        self.stats, shares = merge(torch.stack((self.stats, part)))
+        self.missing.mul_(shares[0]).add_(missing_target(shares, torch.stack((self.seen, here))))
+        self.seen |= here
+        self.u.mul_(shares[0, :, None])
+        term = torch.empty_like(self.u) 
+        product(dlogits, self.head.weight[columns], term)
+        self.u.addcmul_(shares[1, :, None], term)
+
+    def finish(self, out: Tensor) -> None:
+        dtarget = self.head.dtarget(self.labels, self.stats[2])
+        out.copy_(self.u.addcmul_(self.missing[:, None], dtarget))

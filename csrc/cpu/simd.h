@@ -65,6 +65,13 @@ Vec max(Vec a, Vec b) {
 #endif
 }
 
+#if defined(__AVX2__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+// a * b + c, rounded once if kFused.
 Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -95,6 +102,7 @@ Vec scale_pow2(Vec a, Vec n) {
   return _mm512_scalef_ps(a, n);
 #else
   // The low bits of n + kRounder + bias are the exponent's; 64 too many keep it above the denormals until the product.
+  // A product, not a sum of exponents: for a NaN n is anything, and NaN times anything is NaN.
   const Vec pow2 = (Vec)((Bits)(n + (kRounder + 127 + 64)) << 23);
   return a * pow2 * 0x1p-64f;
 #endif
@@ -143,15 +151,18 @@ struct Float32 {
   static void put(Type* to, Vec v) { store(to, v); }
 };
 
+// A NaN needs no test here as long as its low 16 bits are 0: true of those that arithmetic makes and of bfloat16's own,
+// and quiet() gives it to the rest.
 struct BFloat16 {
   using Type = uint16_t;
   static Vec get(const Type* from) { return (Vec)(widen(from) << 16); }
   static void put(Type* to, Vec v) {
     const Bits bits = (Bits)v;
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    narrow(to, v == v ? rounded : Bits{} + 0x7fc0);
+    narrow(to, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
 };
+
+float quiet(float x) { return x == x ? x : NAN; }
 
 struct Float16 {
   using Type = uint16_t;

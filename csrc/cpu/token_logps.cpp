@@ -104,8 +104,8 @@ void bwd_row(const TokenLogps& p, int64_t row) {
   }
   const Type* const logits = static_cast<const Type*>(p.logits) + n * p.stride_n + t * p.stride_t;
   const Transform<kCapped> transform(p);
-  const RowSum sum{p.stats[row], p.stats[rows + row]};
-  const float dz = p.dlogps[row] * p.scale;
+  const RowSum sum{quiet(p.stats[row]), quiet(p.stats[rows + row])};
+  const float dz = quiet(p.dlogps[row] * p.scale);
   const float factor = -dz / sum.sum;
   const auto gradient = [&](Vec x) {
     const auto value = transform(x);
