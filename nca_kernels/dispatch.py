@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,15 +27,8 @@ def resolve(
     ``obstacle`` is a reason of the call's own why no kernel can serve it (a layout, say): only ``torch`` then can.
     Raises ``ValueError`` for an unknown backend and ``RuntimeError``, with every reason, for one that cannot run.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
-    for name in BACKENDS if backend is None else [backend]:
-        reasons = _reasons(name, op, device, dtype, loss, obstacle)
-        if not reasons:
-            if backend is None and name == "torch" and dtype != torch.float64:
-                _warn_slow(op, device.type, dtype, loss, obstacle)
-            return name
-    raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(reasons)}")
+    # The interpreter's variable is the one thing that may change the answer for the same call.
+    return _resolve(op, backend, device, dtype, loss, obstacle, os.environ.get("TRITON_INTERPRET"))
 
 
 # What torch.compiler.assume_constant_result sets: the traced graph takes the answer, not the questions. Set here by hand
@@ -42,20 +36,21 @@ def resolve(
 resolve._dynamo_marked_constant = True
 
 
-def _reasons(name, op, device, dtype, loss, obstacle) -> list[str]:
-    reasons = BACKENDS[name].unsupported(op, device, dtype, loss)
-    return reasons + [obstacle] if obstacle and name != "torch" else reasons
-
-
-@cache
-def _warn_slow(op, device_type, dtype, loss, obstacle) -> None:
-    """Say once for each kind of call that no kernel serves it."""
-    device = torch.device(device_type)
-    reasons = (f"{name}: {'; '.join(_reasons(name, op, device, dtype, loss, obstacle))}" for name in BACKENDS)
-    warnings.warn(
-        f"nca_kernels: {op} on {device_type} runs on plain PyTorch, slowly. " + ". ".join(list(reasons)[:-1]),
-        stacklevel=4,
-    )
+@lru_cache(maxsize=256)  # the answer costs more than a small loss, and the warning is wanted once
+def _resolve(op, backend, device, dtype, loss, obstacle, interpreter) -> str:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
+    obstacles = {
+        name: BACKENDS[name].unsupported(op, device, dtype, loss) + ([obstacle] if obstacle and name != "torch" else [])
+        for name in (BACKENDS if backend is None else [backend])
+    }
+    for name, reasons in obstacles.items():
+        if not reasons:
+            if backend is None and name == "torch" and dtype != torch.float64:
+                why = ". ".join(f"{other}: {'; '.join(obstacles[other])}" for other in obstacles if other != "torch")
+                warnings.warn(f"nca_kernels: {op} on {device} runs on plain PyTorch, slowly. {why}", stacklevel=5)
+            return name
+    raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(obstacles[backend])}")
 
 
 def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None) -> str:

@@ -30,6 +30,26 @@ def _define(schema: str):
     return register
 
 
+def _autograd(name: str, setup_context, backward) -> None:
+    """Give an operator its derivative: what ``torch.library.register_autograd`` does, for a third of the time.
+
+    That one goes through the schema's arguments one by one, at every call: 160 us for the thirteen of group_loss, whose
+    whole arithmetic takes 10.
+    """
+    op = getattr(torch.ops.nca_kernels, name).default
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+    Derivative.backward = staticmethod(backward)
+    LIBRARY.impl(name, Derivative.apply, "Autograd")
+
+
 def check_labels(labels: Tensor, ignore_index: int, vocab_total: int) -> None:
     """Raise ``IndexError`` for a label that is neither in ``[0, vocab_total)`` nor ``ignore_index``. Syncs on a GPU."""
     bad = ((labels < 0) | (labels >= vocab_total)) & (labels != ignore_index)
@@ -133,16 +153,8 @@ def _no_second_derivative(*_):
     )
 
 
-def _no_setup(ctx, inputs, output):
-    pass
-
-
-torch.library.register_autograd(
-    "nca_kernels::token_logps", _token_logps_backward, setup_context=_token_logps_setup, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "nca_kernels::token_logps_bwd", _no_second_derivative, setup_context=_no_setup, lib=LIBRARY
-)
+_autograd("token_logps", _token_logps_setup, _token_logps_backward)
+_autograd("token_logps_bwd", lambda ctx, inputs, output: None, _no_second_derivative)
 
 
 # --- group_loss ----------------------------------------------------------------------------------------------------
@@ -193,6 +205,4 @@ def _group_loss_backward(ctx, dloss, _drewards, _ddlogps):
     return None, dloss * dlogps, *(None,) * 11
 
 
-torch.library.register_autograd(
-    "nca_kernels::group_loss", _group_loss_backward, setup_context=_group_loss_setup, lib=LIBRARY
-)
+_autograd("group_loss", _group_loss_setup, _group_loss_backward)

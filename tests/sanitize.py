@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests' own shapes, for each instruction set.
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set, over the tests' shapes.
 
 Builds the extension with the sanitizers into a folder of its own and runs the kernels' tests against it.
 """
