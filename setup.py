@@ -113,4 +113,5 @@ class BuildKernels(build_ext):
         return objects
 
 
-setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": BuildKernels})
+if __name__ == "__main__":
+    setup(ext_modules=wanted_extensions(), cmdclass={"build_ext": BuildKernels})

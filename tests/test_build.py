@@ -1,0 +1,43 @@
+"""What the build builds: by NCA_KERNELS_BUILD, and without PyTorch."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+def _names(monkeypatch, wish, nvcc):
+    if wish is None:
+        monkeypatch.delenv("NCA_KERNELS_BUILD", raising=False)
+    else:
+        monkeypatch.setenv("NCA_KERNELS_BUILD", wish)
+    monkeypatch.setitem(SETUP["wanted_extensions"].__globals__, "find_nvcc", lambda: nvcc)
+    return [(extension.name, extension.optional) for extension in SETUP["wanted_extensions"]()]
+
+
+def test_auto_builds_what_it_can_and_says_what_not(monkeypatch, capsys):
+    assert _names(monkeypatch, None, "nvcc") == [("nca_kernels._cpu", True), ("nca_kernels._cuda", True)]
+    assert _names(monkeypatch, "auto", None) == [("nca_kernels._cpu", True)]
+    assert "not building _cuda: nvcc is neither on PATH nor under CUDA_HOME/bin" in capsys.readouterr().out
+
+
+def test_explicit_wishes(monkeypatch):
+    assert _names(monkeypatch, "none", "nvcc") == []
+    assert _names(monkeypatch, "cpu", "nvcc") == [("nca_kernels._cpu", False)]
+    assert _names(monkeypatch, "cuda", "nvcc") == [("nca_kernels._cpu", False), ("nca_kernels._cuda", False)]
+    with pytest.raises(SystemExit, match="NCA_KERNELS_BUILD=cuda: nvcc"):
+        _names(monkeypatch, "cuda", None)
+    with pytest.raises(SystemExit, match="NCA_KERNELS_BUILD='gpu': wanted auto, none, cpu or cuda"):
+        _names(monkeypatch, "gpu", "nvcc")
+
+
+def test_no_pytorch_header_in_the_sources():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert len(sources) >= 8
+    for path in sources:
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert not any(name in line for line in includes for name in ("torch", "ATen", "c10")), path
+    assert "torch" not in (ROOT / "pyproject.toml").read_text().split("[project]")[0]
