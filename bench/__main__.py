@@ -7,6 +7,7 @@ import importlib
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -22,22 +23,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in SUITES:
-        suite = importlib.import_module(f".{name}", __package__)
-        command = commands.add_parser(name, help=suite.__doc__.split("\n")[0])
+        command = commands.add_parser(name, help=_suite(name).__doc__.split("\n")[0])
         command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--quick", action="store_true", help="three rounds each, for a look; stored under out/")
         command.add_argument("--out", type=Path, help="default: bench/results, or out/bench with --quick")
-    commands.add_parser("plot", help="draw every stored result into docs/img")
+    command = commands.add_parser("summary", help="a line for each stored problem")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="of this device alone")
+    command.add_argument("--out", type=Path, default=RESULTS)
+    command = commands.add_parser("plot", help="draw every stored result into docs/img")
+    command.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.command == "plot":
         from .plot import plot
 
-        plot(RESULTS, Path("docs/img"))
-        return
-    out = options.out or (Path("out/bench") if options.quick else RESULTS)
-    budget = Budget(rounds=3, seconds=0.0) if options.quick else Budget(rounds=7, seconds=SECONDS[options.device])
-    suite = importlib.import_module(f".{options.command}", __package__)
-    print("stored", run(options.command, options.device, suite.CASES[options.device], budget, out))
+        plot(options.out, Path("docs/img"))
+    elif options.command == "summary":
+        for file in sorted(options.out.glob("*/*.json")):
+            document = schema.load(file)
+            if options.device in (None, document["header"]["device"]):
+                print(f"{file}\n{schema.summary(document['rows'])}\n")
+    else:
+        out = options.out or (Path("out/bench") if options.quick else RESULTS)
+        budget = Budget(rounds=3, seconds=0.0) if options.quick else Budget(rounds=7, seconds=SECONDS[options.device])
+        cases = _suite(options.command).CASES[options.device]
+        print("stored", run(options.command, options.device, cases, budget, out))
+
+
+def _suite(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -> Path:
@@ -45,11 +58,10 @@ def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -
     warnings.filterwarnings("ignore", module="torch")  # of peers, once a call
     torch.manual_seed(0)
     started = time.monotonic()
-    suite = importlib.import_module(f".{name}", __package__)
     document = {"header": schema.header(name, device), "rows": []}
     print(", ".join(f"{key} {value}" for key, value in document["header"].items() if value is not None), "\n")
-    for problem, implementations in suite.problems(device, cases):
-        rows = schema.rows(name, problem, *measure(problem, implementations, budget))
+    for problem, implementations in _suite(name).problems(device, cases):
+        rows = schema.rows(name, problem, measure(problem, implementations, budget))
         document["rows"] += rows
         print(schema.table(rows), flush=True)
     print(f"{name}: {time.monotonic() - started:.0f} s")

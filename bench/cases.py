@@ -134,11 +134,16 @@ class LogpTruth:
 
 
 def value_error(values: Tensor, truth: Tensor) -> float:
-    """The largest error in units of ``1 + |truth|``; infinite where there is a NaN."""
-    return ((values.double() - truth).abs() / (1 + truth.abs())).nan_to_num(nan=torch.inf).max().item()
+    """The largest error in units of ``1 + |truth|``."""
+    return _largest((values.double() - truth) / (1 + truth.abs()), values, truth)
 
 
-def grad_error(grad: Tensor, truth: Tensor, largest: float | None = None) -> float:
-    """The largest error in units of the largest gradient; infinite where there is a NaN."""
-    largest = truth.abs().max().item() if largest is None else largest
-    return (grad.double() - truth).abs().nan_to_num(nan=torch.inf).max().item() / largest
+def grad_error(grad: Tensor, truth: Tensor) -> float:
+    """The largest error in units of the largest gradient."""
+    return _largest(grad.double() - truth, grad, truth) / truth.abs().max().item()
+
+
+def _largest(difference: Tensor, got: Tensor, truth: Tensor) -> float:
+    if got.shape != truth.shape:
+        raise ValueError(f"got shape {list(got.shape)}, wanted {list(truth.shape)}")
+    return difference.abs().nan_to_num(nan=torch.inf).max().item()

@@ -47,7 +47,7 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
             tensors=tensors,
             truth=_truth(name, tensors),
             leaves=("logps",),
-            repeats=100,
+            repeats=20,
         )
         yield problem, implementations(name, device)
 

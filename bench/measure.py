@@ -1,11 +1,13 @@
 """The one timer: check first, then time every implementation in turn.
 
-Each round calls all of them once, so a drift of the machine's clock hits all alike; each call gets another copy of the
-inputs than the call before, so that no cache holds them.
+Each round calls all of them once, in an order of its own: a drift of the machine's clock hits all alike, and none always
+follows the same neighbour (with a fixed order the same function, timed twice, differed by 8%). Each call gets another copy
+of the inputs than the call before, so that no cache holds them.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from .memory import MIB, peak_extra, poisoned
 
 ROTATION_BYTES = 2**28  # the copies of the inputs together: several times the largest cache met so far
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # wider than any rounding, narrower than any mistake
+CEILING = "ceiling: "
 SLEEP_CYCLES = 2_000_000  # about 1 ms of a GPU, in which Python queues the call: kernels are timed, not launches
 
 
@@ -43,28 +46,27 @@ class Budget:
     seconds: float
 
 
-def measure(
-    problem: Problem, implementations: list[Implementation], budget: Budget
-) -> tuple[list[Outcome], dict[str, list[float]]]:
-    """The outcomes in the order of ``implementations``, and the times of each ceiling (none for one that cannot run)."""
+def measure(problem: Problem, implementations: list[Implementation], budget: Budget) -> list[Outcome]:
+    """The outcomes in the order of ``implementations``, then those of the ceilings, named ``ceiling: ...``."""
     device = next(iter(problem.tensors.values())).device.type
     sets = _copies(problem)
     outcomes, contestants = [], []
     for implementation in implementations:
         outcome = Outcome(implementation.name, problem.pass_name + (" in place" if implementation.inplace else ""))
         outcomes.append(outcome)
-        call = _checked(problem, implementation, sets[0], outcome, device)
+        run = _checked(problem, implementation, sets[0], outcome, device)
         _restore(problem, sets[0])
-        if call is not None:
-            contestants.append((call, outcome.times, implementation.inplace))
-    ceilings: dict[str, list[float]] = {name: [] for name in problem.ceilings}
+        if run is not None:
+            contestants.append((run, outcome.times, implementation.inplace))
     for name, ceiling in problem.ceilings.items():
+        outcome = Outcome(CEILING + name, problem.pass_name)
+        outcomes.append(outcome)
         try:
-            contestants.append((ceiling.build(), ceilings[name], False))
+            contestants.append((ceiling.build(), outcome.times, False))
         except Unsupported as reason:
-            print(f"ceiling {name}: unsupported: {reason}")
+            outcome.status = f"unsupported: {reason}"
     _time_in_turn(problem, contestants, sets, budget, device)
-    return outcomes, ceilings
+    return outcomes
 
 
 def median(times: list[float]) -> float:
@@ -144,10 +146,11 @@ def _first_line(error: Exception) -> str:
 def _time_in_turn(problem, contestants, sets, budget, device) -> None:
     timer = _time_cuda if device == "cuda" else _time_cpu
     started = time.monotonic()
-    turn = 0
+    turn, order = 0, random.Random(0)
     for round_number in range(-1, 8 * budget.rounds):  # the first, -1, warms up
         if round_number >= budget.rounds and time.monotonic() - started > budget.seconds:
             break
+        order.shuffle(contestants)
         for run, times, inplace in contestants:
             tensors = sets[turn % len(sets)]
             turn += 1

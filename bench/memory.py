@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -20,7 +19,6 @@ def peak_extra(function: Callable[[], object], device: str) -> tuple[object, flo
     scratch) counts too. Memory that malloc kept from before would hide new use, so it goes back to the system first. Call
     it on a warm function: code pages and thread stacks count as well. Exact to about 1 MiB.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .cases import Problem
-from .measure import Outcome, median, quantile
+from .measure import CEILING, Outcome, median, quantile
 
 NUMBER = (int, float, type(None))
 TEXT = (str, type(None))
@@ -52,7 +53,7 @@ ROW = {
     "error": NUMBER,  # of the values against float64, in units of 1 + |truth|
     "grad_error": NUMBER,  # of the gradients against float64, in units of the largest gradient
 }
-PLAIN = "plain"
+PLAIN, OURS = "plain", "nca_kernels"
 
 
 def header(suite: str, device: str) -> dict:
@@ -96,21 +97,19 @@ def _output(*command: str) -> str | None:
     return lines[0].strip()
 
 
-def rows(suite: str, problem: Problem, outcomes: list[Outcome], ceilings: dict[str, list[float]]) -> list[dict]:
-    """A problem's outcomes as rows; the ceilings come as rows of their own, named ``ceiling: ...``."""
-    for name, times in ceilings.items():
-        status = "ok" if times else "unsupported: no compiler for it"
-        outcomes = [*outcomes, Outcome(f"ceiling: {name}", problem.pass_name, status, times)]
-    plain = next((median(each.times) for each in outcomes if each.name == PLAIN and each.times), None)
-    unit = median(ceilings[problem.unit]) if ceilings.get(problem.unit) else None
+def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
+    """A problem's outcomes as rows."""
+    medians = {outcome.name: median(outcome.times) for outcome in outcomes if outcome.times}
+    plain, unit = medians.get(PLAIN), medians.get(f"{CEILING}{problem.unit}")
     floor = None
-    if ceilings.get(problem.bound_by):
-        floor = problem.amount / problem.ceilings[problem.bound_by].amount * median(ceilings[problem.bound_by])
+    if f"{CEILING}{problem.bound_by}" in medians:
+        ceiling = problem.ceilings[problem.bound_by]
+        floor = problem.amount / ceiling.amount * medians[f"{CEILING}{problem.bound_by}"]
     result = []
     for outcome in outcomes:
         ms = median(outcome.times) if outcome.times else None
-        is_ceiling = outcome.name.startswith("ceiling: ")
-        amount = problem.ceilings[outcome.name[9:]].amount if is_ceiling else problem.amount
+        is_ceiling = outcome.name.startswith(CEILING)
+        amount = problem.ceilings[outcome.name.removeprefix(CEILING)].amount if is_ceiling else problem.amount
         result.append(
             {
                 "suite": suite,
@@ -130,11 +129,16 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome], ceilings: dict[s
                 "speedup": plain / ms if plain and ms and not is_ceiling else None,
                 "peak_mib": outcome.peak_mib,
                 "result_mib": outcome.result_mib,
-                "error": outcome.error,
-                "grad_error": outcome.grad_error,
+                "error": _finite(outcome.error),
+                "grad_error": _finite(outcome.grad_error),
             }
         )
     return result
+
+
+def _finite(error: float | None) -> float | None:
+    """JSON knows no infinity: such an error is null beside the status ``wrong``."""
+    return error if error is not None and math.isfinite(error) else None
 
 
 def check(document: dict) -> None:
@@ -201,3 +205,38 @@ def table(rows: list[dict]) -> str:
         text = "".join(f"{cell:>11}" for cell in cells) if row["status"] in ("ok", "wrong") else f"  {row['status']}"
         lines.append(f"{label:<{width}}{text}" + ("  wrong" if row["status"] == "wrong" else ""))
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: list[dict]) -> str:
+    """A line for each problem: this package at its best, against its ceiling, plain PyTorch and the fastest peer."""
+    lines = []
+    for (case, dtype, pass_name), group in by_problem(rows).items():
+        timed = [row for row in group if row["ms"] and not row["implementation"].startswith(CEILING)]
+        mine = [row for row in timed if is_ours(row)]
+        peers = [row for row in timed if not is_ours(row)]
+        title = f"{case}, {dtype}, {pass_name}: "
+        if not mine:
+            lines.append(title + "; ".join(f"{row['implementation']} {row['status']}" for row in group if is_ours(row)))
+            continue
+        best = min(mine, key=lambda row: row["ms"])
+        facts = [f"{best['implementation']} {best['ms']:.3f} ms"]
+        facts += [f"{best['units']:.2f} units"] * (best["units"] is not None)
+        facts += [f"{best['share']:.0%} of the ceiling"] * (best["share"] is not None)
+        facts += [f"{best['speedup']:.2f}x plain"] * (best["speedup"] is not None)
+        if peers:
+            peer = min(peers, key=lambda row: row["ms"])
+            facts.append(f"{peer['ms'] / best['ms']:.2f}x {peer['implementation']}")
+        lines.append(title + ", ".join(facts))
+    return "\n".join(lines)
+
+
+def by_problem(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """The rows that were timed in turn, under their case, dtype and pass."""
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["dtype"], row["pass"].removesuffix(" in place")), []).append(row)
+    return groups
+
+
+def is_ours(row: dict) -> bool:
+    return row["implementation"].startswith(OURS)

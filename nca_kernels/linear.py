@@ -1,9 +1,9 @@
-"""Family (b): log-probs from hidden states and the head's weight, never holding the logits of all rows and columns.
+"""Family (b): log-probs from hidden states and the head's weight, without ever holding the logits of all tokens.
 
 Scored rows are gathered first, so ignored tokens cost no arithmetic. Then tiles, a block of rows by a slice of the
-vocabulary: PyTorch's GEMM into one reused buffer, and the backend's row kernels on it. A slice's statistics are those of
-a smaller softmax; :func:`merge` puts slices together, be they of one head or the ranks' of a vocabulary-parallel one.
-``docs/linear.md`` derives it. The operators around this file are in :mod:`nca_kernels.ops`.
+vocabulary: PyTorch's GEMM into one reused buffer, and the backend's row kernels on it. The statistics of a slice are
+those of a smaller softmax; :func:`merge` puts them together, be they slices of one head or the ranks' of a
+vocabulary-parallel one. ``docs/linear.md`` derives it; the operators around this file are in :mod:`nca_kernels.ops`.
 
 Shapes: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``, ``stats [3, M]``.
 """
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .tiles import ProductSum, product, split, tile_shape
+from .tiles import ALIGNED, ProductSum, product, split, tile_shape
 
 
 @dataclass
 class Head:
-    """A head's columns from ``vocab_start`` of ``vocab_total``, and what makes of a tile statistics and gradients."""
+    """The columns from ``vocab_start`` of a vocabulary of ``vocab_total``, and what makes statistics and gradients of a tile."""
 
     weight: Tensor
     bias: Tensor | None
@@ -41,7 +41,7 @@ class Head:
             torch.addmm(self.bias[columns], hidden, weight, out=out)
 
     def stats(self, logits: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
-        logps = torch.empty_like(labels, dtype=torch.float32)  # of the slice's own softmax: not needed
+        logps = torch.empty_like(labels, dtype=torch.float32)  # under the slice's own softmax: of no use
         self.kernels.token_logps_fwd(logits[None], labels[None], logps[None], out[:, None], **self._settings(columns))
 
     def dlogits(
@@ -66,7 +66,7 @@ class Head:
         return (column >= columns.start) & (column < columns.stop)
 
     def dtarget(self, labels: Tensor, target: Tensor) -> Tensor:
-        """``d target / d hidden [M, D]`` in float32; of some other column where another rank holds the label's."""
+        """``d target / d hidden [M, D]`` in float32; meaningless where another rank holds the label's column."""
         column = (labels - self.vocab_start).clamp(0, len(self.weight) - 1)
         dtarget = self.weight.index_select(0, column).float().mul_(self.scale)
         return dtarget if self.softcap is None else dtarget.mul_((1 - (target / self.softcap).square())[:, None])
@@ -76,7 +76,7 @@ class Head:
 
 
 def merge(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``parts [P, 3, M]``, the statistics of P slices: those of the whole ``[3, M]``, and each's probability ``[P, M]``.
+    """From the statistics of P slices, ``parts [P, 3, M]``: the whole's ``[3, M]``, and each slice's probability ``[P, M]``.
 
     A slice of nothing but -inf has the maximum -inf, the sum 0 and the probability 0. NaN stays NaN.
     """
@@ -89,36 +89,193 @@ def merge(parts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def missing_target(shares: Tensor, holds: Tensor) -> Tensor:
-    """What lacks of the label's onehot when each slice's ``onehot - p`` is weighted by its share; both are ``[P, M]``.
+    """What lacks of the label's onehot once each slice's ``onehot - p`` is weighted by its share; both are ``[P, M]``.
 
-    The other slices' shares. As a sum: ``1 - share`` would cancel where the label is likely.
+    The other slices' shares, as a sum: ``1 - share`` would cancel where the label is likely.
     """
     return shares.masked_fill(holds, 0.0).sum(0) * holds.any(0)
 
 
-class FrozenBlock:
-    """``u = dlogps/dhidden`` of a block of rows in one pass over the slices, each by its own statistics.
+class SlicedGradient:
+    """``u = dlogp/dhidden`` of a block of rows in one pass over the slices, each taken by its own statistics.
 
-    ``u`` so far belongs to the softmax over the columns so far. With a slice more, both shrink to their share of it.
+    ``u`` so far belongs to the softmax over the columns so far; with a slice more, both shrink to their shares.
     """
 
     def __init__(self, head: Head, labels: Tensor, D: int):
         self.head, self.labels = head, labels
-        self.stats = torch.tensor([-torch.inf, 0.0, 0.0], device=labels.device)[:, None].repeat(1, len(labels))
-        self.u = self.stats.new_zeros((len(labels), D))
-        self.missing = self.stats.new_zeros(len(labels))
+        self.ones = torch.ones_like(labels, dtype=torch.float32)
+        self.stats = torch.stack((self.ones * -torch.inf, self.ones * 0.0, self.ones * 0.0))
+        self.u = self.ones.new_zeros((len(labels), D))
+        self.missing = torch.zeros_like(self.ones)
         self.seen = torch.zeros_like(labels, dtype=torch.bool)
 
-    def add(self, dlogits: Tensor, part: Tensor, columns: slice) -> None:
+    def add(self, logits: Tensor, part: Tensor, columns: slice) -> None:
+        """One slice, given its statistics; overwrites ``logits``."""
         here = self.head.holds(self.labels, columns)
         self.stats, shares = merge(torch.stack((self.stats, part)))
         self.missing.mul_(shares[0]).add_(missing_target(shares, torch.stack((self.seen, here))))
         self.seen |= here
-        self.u.mul_(shares[0, :, None])
-        term = torch.empty_like(self.u) 
-        product(dlogits, self.head.weight[columns], term)
-        self.u.addcmul_(shares[1, :, None], term)
+        # Columns of nothing but -inf: with the maximum 0 and the sum 1 their p is 0, not NaN.
+        empty = (part[0] == -torch.inf) & (part[1] == 0)
+        part = torch.stack((part[0].masked_fill(empty, 0.0), part[1].masked_fill(empty, 1.0), part[2]))
+        self.head.dlogits(self.ones, logits, self.labels, part, columns, out=logits)
+        term = torch.empty_like(self.u)
+        product(logits, self.head.weight[columns], out=term)
+        self.u.mul_(shares[0, :, None]).addcmul_(term, shares[1, :, None])
 
-    def finish(self, out: Tensor) -> None:
-        dtarget = self.head.dtarget(self.labels, self.stats[2])
-        out.copy_(self.u.addcmul_(self.missing[:, None], dtarget))
+    def result(self) -> Tensor:
+        return self.u.addcmul_(self.head.dtarget(self.labels, self.stats[2]), self.missing[:, None])
+
+
+def merge_ranks(head: Head, labels: Tensor, stats: Tensor, u: Tensor, blocks: list[slice], group: str) -> None:
+    """In place: this rank's statistics become the whole vocabulary's, and its ``u``, if any, an addend to the whole's."""
+    rank, parts = parallel.all_gather(stats, group)
+    merged, shares = merge(parts)
+    stats.copy_(merged)
+    holds = torch.zeros_like(shares, dtype=torch.bool)
+    holds[rank] = head.holds(labels, slice(0, len(head.weight)))
+    missing = missing_target(shares, holds)
+    for block in blocks if len(u) else []:
+        dtarget = head.dtarget(labels[block], stats[2, block])
+        u[block].mul_(shares[rank, block, None]).addcmul_(dtarget, missing[block, None])
+
+
+# --- rows and tiles --------------------------------------------------------------------------------------------------
+
+
+def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
+    """The indices of the rows with a label, ``None`` for all.
+
+    On a GPU their number is worth one sync: it is what makes ignored rows free. A CUDA graph cannot wait for it and
+    keeps all rows; the row kernels leave the ignored ones out.
+    """
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    return None if len(rows) == len(labels) else rows
+
+
+def gather(values: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:
+    return values if rows is None else values.index_select(dim, rows)
+
+
+def scatter(values: Tensor, rows: Tensor | None, M: int, dim: int = 0) -> Tensor:
+    """The inverse of :func:`gather`, zeros elsewhere."""
+    if rows is None:
+        return values
+    shape = list(values.shape)
+    shape[dim] = M
+    return values.new_zeros(shape).index_copy_(dim, rows, values)
+
+
+class Tiling:
+    """The rows in blocks, the columns in slices, a buffer for one tile, and room for the logits that are kept."""
+
+    def __init__(self, head: Head, hidden: Tensor, kept: Tensor, frozen: bool):
+        M, V = len(hidden), len(head.weight)
+        rows, columns = tile_shape(M, V, hidden.dtype, hidden.device, frozen)
+        stored = min(V, kept.numel() // max(M, 1))
+        stored = stored if stored == V else stored // ALIGNED * ALIGNED
+        self.store = kept[: M * stored].view(M, stored)
+        self.blocks = split(M, rows)
+        self.slices = split(stored, columns, ALIGNED)
+        self.slices += [slice(stored + s.start, stored + s.stop) for s in split(V - stored, columns, ALIGNED)]
+        self.buffer = hidden.new_empty(rows * columns)
+
+    def tile(self, block: slice, columns: slice) -> Tensor:
+        shape = (block.stop - block.start, columns.stop - columns.start)
+        return self.buffer[: shape[0] * shape[1]].view(shape)
+
+    def logits(self, block: slice, columns: slice) -> tuple[Tensor, bool]:
+        """Where a tile's logits belong, and whether they are kept there."""
+        kept = columns.stop <= self.store.shape[1]
+        return self.store[block, columns] if kept else self.tile(block, columns), kept
+
+
+# --- the passes ------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    head: Head, hidden: Tensor, labels: Tensor, kept: Tensor, frozen: bool, group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``logps [M]``, ``stats [3, M]`` and, for a ``frozen`` head, ``u = dlogp/dhidden [M, D]``, else an empty tensor.
+
+    ``kept`` is flat room for logits, where as many columns as fit stay for :func:`backward`. With a ``group``, ``u`` is
+    this rank's addend to the sum over ranks, in float32.
+    """
+    rows = scored_rows(labels, head.ignore_index)
+    x, y = gather(hidden, rows), gather(labels, rows)
+    M, D = x.shape
+    tiling = Tiling(head, x, kept, frozen)
+    stats = x.new_empty((3, M), dtype=torch.float32)
+    u = x.new_empty((M if frozen else 0, D), dtype=torch.float32 if group else x.dtype)
+    one_slice = len(tiling.slices) == 1 and not group
+    for block in tiling.blocks:
+        parts = stats.new_empty((len(tiling.slices), 3, len(y[block])))
+        sliced = SlicedGradient(head, y[block], D) if frozen and not one_slice else None
+        for part, columns in zip(parts, tiling.slices, strict=True):
+            logits, _ = tiling.logits(block, columns)
+            head.logits(x[block], columns, out=logits)
+            head.stats(logits, y[block], columns, out=part)
+            if sliced:
+                sliced.add(logits, part, columns)
+            elif frozen:
+                head.dlogits(torch.ones_like(part[0]), logits, y[block], part, columns, out=logits)
+                torch.mm(logits, head.weight, out=u[block])
+        stats[:, block] = merge(parts)[0]
+        if sliced:
+            u[block] = sliced.result()
+    if group and M:
+        merge_ranks(head, y, stats, u, tiling.blocks, group)
+    logps = ((stats[2] - stats[0]) - stats[1].log()).masked_fill_(y == head.ignore_index, 0.0)
+    everywhere = len(labels)
+    u = scatter(u, rows, everywhere) if frozen else u
+    return scatter(logps, rows, everywhere), scatter(stats, rows, everywhere, dim=1), u
+
+
+def frozen_backward(
+    dlogps: Tensor, labels: Tensor, u: Tensor, ignore_index: int, dtype: torch.dtype, group: str
+) -> Tensor:
+    """``dhidden`` where the head is frozen: ``u``, each row scaled."""
+    dhidden = u * dlogps.masked_fill(labels == ignore_index, 0.0)[:, None]
+    return (parallel.all_reduce(dhidden, group) if group else dhidden).to(dtype)
+
+
+def backward(
+    head: Head, dlogps: Tensor, hidden: Tensor, labels: Tensor, stats: Tensor, kept: Tensor, needs: list[bool], group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dhidden``, ``dweight`` and ``dbias``, each empty unless ``needs`` says so, from logits kept or made again.
+
+    Slices outside, blocks inside: a slice of dweight is then whole before the next, with no float32 copy of all of it.
+    """
+    rows = scored_rows(labels, head.ignore_index)
+    x, y, dy = gather(hidden, rows), gather(labels, rows), gather(dlogps, rows)
+    stats = gather(stats, rows, dim=1)
+    tiling = Tiling(head, x, kept, frozen=False)
+    blocks = tiling.blocks
+    create = torch.empty if blocks else torch.zeros  # with no scored row there is no product to write them
+    dx = torch.empty_like(x, dtype=torch.float32 if group else x.dtype) if needs[0] else x.new_empty(0)
+    dweight = create(head.weight.shape if needs[1] else 0, dtype=x.dtype, device=x.device)
+    dbias = create(len(head.weight) if needs[2] else 0, dtype=x.dtype, device=x.device)
+    dx_sums = [ProductSum(dx[block], len(tiling.slices)) for block in blocks] if needs[0] else []
+    ones = x.new_ones((1, len(x)))
+    for columns in tiling.slices:
+        dweight_sum = ProductSum(dweight[columns], len(blocks)) if needs[1] else None
+        dbias_sum = ProductSum(dbias[None, columns], len(blocks)) if needs[2] else None
+        for i, block in enumerate(blocks):
+            logits, kept_there = tiling.logits(block, columns)
+            if not kept_there:
+                head.logits(x[block], columns, out=logits)
+            dlogits = tiling.tile(block, columns)  # kept logits stay, for a second backward
+            head.dlogits(dy[block], logits, y[block], stats[:, block].contiguous(), columns, out=dlogits)
+            if needs[0]:
+                dx_sums[i].add(dlogits, head.weight[columns])
+            if needs[1]:
+                dweight_sum.add(dlogits.t(), x[block])
+            if needs[2]:
+                dbias_sum.add(ones[:, block], dlogits)
+    if needs[0] and group and len(x):
+        parallel.all_reduce(dx, group)
+    dhidden = scatter(dx.to(x.dtype), rows, len(labels)) if needs[0] else dx
+    return dhidden, dweight, dbias

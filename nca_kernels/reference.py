@@ -126,7 +126,7 @@ def dpo(log_ratios, scores, mask, *, beta, pairs, **_) -> Tensor:
 def ipo(log_ratios, scores, mask, *, beta, pairs, lengths, **_) -> Tensor:
     r"""The mean over pairs of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``, ``l = log_ratios``, ``n = lengths``.
 
-    Azar et al. 2023 (arXiv 2310.12036), whose tau is ``beta``, on token averages, which ``lengths=None`` takes as given.
+    Azar et al. 2023 (arXiv 2310.12036), whose tau is ``beta``, on token averages (``lengths=None``: already so).
     """
     better = score_pairs(scores, mask, pairs)
     if lengths is not None:

@@ -1,7 +1,8 @@
-"""Tiles of the linear family: how much of rows x vocabulary is at hand at a time, and products over tiles.
+"""Tiles of the linear family: how much of rows x vocabulary is at hand at a time, and sums of products over tiles.
 
-A tile is a block of rows by a slice of the vocabulary. GEMMs are fast on tiles with enough rows that the head's slice is
-worth reading, and enough columns that the hidden states are: a thousand rows first, then what columns the bytes allow.
+A tile is a block of rows by a slice of the vocabulary. Its GEMMs are fast where it has rows enough to be worth reading
+the slice of the head, and columns enough to be worth reading the hidden states: a thousand rows or so come first, then
+as many columns as the bytes allow. The result does not depend on it beyond rounding.
 """
 
 from __future__ import annotations
@@ -11,79 +12,75 @@ import os
 import torch
 from torch import Tensor
 
-# The tile at hand, in bytes. On a CPU the cache that the cores share, out of which the row kernels then read. On a GPU
-# enough for one GEMM to occupy every multiprocessor. ``NCA_KERNELS_TILE_BYTES`` overrides both.
+# Bytes of a tile. On a CPU the cache that its cores share, so that the row kernels find it there; on a GPU what gives
+# one GEMM a piece of work for every multiprocessor. The environment variable NCA_KERNELS_TILE_BYTES overrides both.
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
-# The most rows of a tile. With a frozen head few, as the tile should span the vocabulary: each slice more is a pass over
-# u. Otherwise many, as each block more is a pass over dweight's slice (and, in bfloat16 on a CPU, one rounding more).
+# The most rows of a tile, the head frozen or not. Frozen, a tile should span the vocabulary, for each slice more is a pass
+# over u. Not frozen, it should span the rows, for each block more is a pass over dweight.
 MOST_ROWS = {"cpu": (1024, 2048), "cuda": (1024, 8192)}
 
-LOW_PRECISION_SUMS = "dtype_out" in torch.ops.aten.addmm.overloads()  # PyTorch >= 2.8, on CUDA alone
+# Slices start at multiples of this, so that the vendor's GEMM finds its operands aligned.
+ALIGNED = 64
+
+# PyTorch >= 2.8 can leave the product of bfloat16 or float16 matrices in float32; on CUDA alone.
+WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen: bool) -> tuple[int, int]:
-    """Rows and columns of a tile of ``[M, V]``; with a head not ``frozen`` within half the bytes.
-
-    The other half is for the float32 sum of dhidden.
-    """
+    """Rows and columns of the tiles of ``[M, V]``. The head not ``frozen``, half the bytes are left to float32 sums."""
     kind = "cpu" if device.type == "cpu" else "cuda"
-    elements = int(os.environ.get("NCA_KERNELS_TILE_BYTES", TILE_BYTES[kind])) // dtype.itemsize
+    size = int(os.environ.get("NCA_KERNELS_TILE_BYTES", TILE_BYTES[kind])) // dtype.itemsize
     if not frozen:
-        elements //= 2
-    rows = max(1, min(M, MOST_ROWS[kind][not frozen], elements // min(V, 64)))
-    return rows, max(1, min(V, elements // rows))
+        size //= 2
+    rows = max(1, min(M, MOST_ROWS[kind][not frozen], size // min(V, ALIGNED)))
+    return rows, max(1, min(V, size // rows))
 
 
 def split(total: int, most: int, multiple: int = 1) -> list[slice]:
-    """``range(total)`` in as few slices of at most ``most`` as it takes, alike in length, starting at multiples.
-
-    A multiple keeps the slices' first elements aligned; below it ``most`` has its way.
-    """
+    """``range(total)`` in as few slices of at most ``most`` as it takes, alike in length, starting at multiples."""
     if total == 0:
         return []
     each = -(-total // -(-total // most))
-    if most >= multiple:
-        each = min(-(-each // multiple), most // multiple) * multiple
+    each = -(-each // multiple) * multiple
+    if each > most:  # the next lower multiple, unless most is below the first
+        each = most // multiple * multiple or most
     return [slice(start, min(start + each, total)) for start in range(0, total, each)]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b``; ``out`` has their dtype or float32."""
+    """``out = a @ b``, ``out`` of their dtype or float32."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and LOW_PRECISION_SUMS:
+    elif a.is_cuda and WIDE_PRODUCTS:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         out.copy_(torch.mm(a, b))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in float32, without rounding the product where PyTorch can (it cannot on a CPU)."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda and LOW_PRECISION_SUMS:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(torch.mm(a, b))
-
-
 class ProductSum:
-    """``out = sum of a @ b`` over a known number of terms, summed in float32 and rounded once to ``out``'s dtype."""
+    """``out = sum of a @ b`` over a known number of terms: summed in float32, rounded once to the dtype of ``out``.
+
+    A single term goes straight to ``out``. Of several in bfloat16 or float16 each is rounded on its way to the sum where
+    PyTorch has no product in float32 (on a CPU).
+    """
 
     def __init__(self, out: Tensor, terms: int):
-        self.out = out
-        whole = terms == 1 or out.dtype == torch.float32
-        self.total = out if whole else torch.empty_like(out, dtype=torch.float32)
-        self.terms_left = terms
+        self.out, self.left = out, terms
+        direct = terms == 1 or out.dtype == torch.float32
+        self.total = out if direct else torch.empty_like(out, dtype=torch.float32)
         self.begun = False
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if self.begun:
-            add_product(self.total, a, b)
-        else:
+        if not self.begun:
             product(a, b, self.total)
+        elif a.dtype == torch.float32:
+            self.total.addmm_(a, b)
+        elif a.is_cuda and WIDE_PRODUCTS:
+            torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
+        else:
+            self.total.add_(torch.mm(a, b))
         self.begun = True
-        self.terms_left -= 1
-        if self.terms_left == 0 and self.total is not self.out:
+        self.left -= 1
+        if self.left == 0 and self.total is not self.out:
             self.out.copy_(self.total)

@@ -130,8 +130,8 @@ void narrow(uint16_t* to, Bits v) {
 #endif
 }
 
-float reduce_sum(Vec v) {
-  float sum = 0;
+double reduce_sum(Vec v) {
+  double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
 }

@@ -6,7 +6,7 @@ namespace nca {
 namespace {
 
 // Elements held in the first-level cache between the look for the maximum and the sum of exponentials.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 2048;
 
 // z and dz/dlogits / scale. Its first form is the identity in all but the scale.
 template <bool kCapped>
@@ -34,7 +34,7 @@ template <class Dtype, bool kCapped>
 RowSum sum_row(const typename Dtype::Type* logits, int64_t V, const Transform<kCapped>& transform) {
   alignas(64) float z[kBlock];
   float top = -INFINITY;
-  Vec sum = splat(0.f);
+  double sum = 0;  // in float32, a column near p = 1 would swallow the tail of a large vocabulary
   for (int64_t first = 0; first < V; first += kBlock) {
     const auto* block = logits + first;
     const int64_t count = V - first < kBlock ? V - first : kBlock;
@@ -55,7 +55,7 @@ RowSum sum_row(const typename Dtype::Type* logits, int64_t V, const Transform<kC
     // With nothing but -inf so far, any finite shift gives exp = 0 and keeps -inf - (-inf) = NaN out.
     const Vec shift = splat(new_top == -INFINITY ? 0.f : new_top);
     if (new_top > top) {
-      sum *= top == -INFINITY ? 0.f : expf(top - new_top);
+      sum *= expf(top - new_top);
       top = new_top;
     }
     Vec block_sum = splat(0.f);
@@ -64,9 +64,9 @@ RowSum sum_row(const typename Dtype::Type* logits, int64_t V, const Transform<kC
       __builtin_prefetch(block + kBlock + i);
       block_sum += exp(load<Vec>(z + i) - shift);
     }
-    sum += block_sum;
+    sum += reduce_sum(block_sum);
   }
-  return {top, reduce_sum(sum)};
+  return {top, (float)sum};
 }
 
 template <class Dtype, bool kCapped>

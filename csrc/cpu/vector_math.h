@@ -42,10 +42,15 @@ Tanh tanh(Vec x) {
   const Vec pow2 = scale_pow2(splat(1.f), e.n);
   const Vec q = fma(e.p, e.r * e.r, e.r);       // e^r - 1
   const Vec exp_m1 = fma(pow2, q, pow2 - 1.f);  // exact near 0, where n = 0
-  const Vec exp = fma(pow2, q, pow2);
-  const Vec value = -exp_m1 / (2.f + exp_m1);
-  const Vec sum = 1.f + exp;
-  return {(Vec)((Bits)value | ((Bits)x & 0x80000000)), 4.f * exp / (sum * sum)};
+  // tanh |x| = (1 - e) / (1 + e), e = e^-2|x|, and one step of Newton's against the roundings of 1 + e and the quotient.
+  const Vec sum = 2.f + exp_m1;
+  const Vec inverse = 1.f / sum;
+  const Vec quotient = -exp_m1 * inverse;
+  const Vec lost = exp_m1 - (sum - 2.f);
+  const Vec rest = fma(-quotient, lost, fma(-quotient, sum, -exp_m1));
+  const Vec value = fma(rest, inverse, quotient);
+  const Vec slope = 4.f * fma(pow2, q, pow2) * inverse * inverse;
+  return {(Vec)((Bits)value | ((Bits)x & 0x80000000)), slope};
 }
 
 }  // namespace

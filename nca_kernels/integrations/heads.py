@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import linear_token_logps
 from .head_layer import HeadLayer
-from .post_head import PostHead, inspect
+from .post_head import PostHead, inspect, logits_of
 
 _INSPECTED: WeakKeyDictionary[nn.Module, PostHead] = WeakKeyDictionary()
 
@@ -100,12 +100,14 @@ def logps_for_logits(
             backend=backend,
             **_INSPECTED[core]._asdict(),
         )
-        return logps[..., None]
+        return logps[..., None].clone()  # the model may scale its logits in place
 
     def before(module: nn.Module, args: tuple, inputs: dict) -> None:
         nonlocal inspecting
         if inspecting:
             return
+        if inputs.get("past_key_values") is not None:  # the forwards of `inspect` would append to it
+            raise ValueError("past_key_values: got a cache, wanted None: log-probs are of whole sequences")
         if core not in _INSPECTED:
             inspecting = True
             try:
@@ -119,12 +121,13 @@ def logps_for_logits(
         if inspecting:
             return
         head.end()
-        if output.logits.shape != (*labels.shape, 1):
+        logits = logits_of(output)
+        if logits.shape != (*labels.shape, 1):
             raise ValueError(
                 f"model: between the linear layer of {head.kind} and .logits its output {[*labels.shape, 1]} became "
-                f"{list(output.logits.shape)}. Use token_logps on the logits"
+                f"{list(logits.shape)}. Use token_logps on the logits"
             )
-        output.logits = _Anchored.apply(logps.to(output.logits.device), output.logits)
+        output.logits = _Anchored.apply(logps.to(logits.device), logits)
 
     with head.replaced(), ExitStack() as hooks:
         # First of all hooks: the forwards of `inspect` may not run inside one that FSDP has begun.

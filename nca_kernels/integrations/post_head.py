@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .. import linear_token_logps
 from .head_layer import Compute, HeadLayer
 
-_LINEAR = 2.0**-8  # tanh(x) = x - x^3 / 3: below this no softcap in use bends the line by more than rounding
-_SATURATED = 2.0**15  # tanh is 1 here, for any softcap in use, and a float16 output still holds it
-_TOKENS = 4
+_LINEAR = 2.0**-8  # far below any softcap in use
+_SATURATED = 2.0**15  # far above any, so that tanh is 1; a float16 output still holds it
+_TOKENS = 4  # compared with the model's own logits
 
 
 class PostHead(NamedTuple):
@@ -44,7 +44,7 @@ def inspect(head: HeadLayer, call: Callable[[], object], backend: str | None) ->
     def known_rows(linear: nn.Linear, hidden: Tensor) -> Tensor:
         nonlocal known
         known = known_values(linear.weight.shape[0], hidden.device)
-        return known
+        return known.clone()  # the model may scale its logits in place
 
     logits = _logits(head, known_rows, call)
     post_head = fit_post_head(known, logits)
@@ -81,8 +81,12 @@ def _logits(head: HeadLayer, compute: Compute, call: Callable[[], object]) -> Te
     head.begin(compute)
     output = call()
     head.end()
+    return logits_of(output)
+
+
+def logits_of(output: object) -> Tensor:
     if not isinstance(getattr(output, "logits", None), Tensor):
-        raise ValueError(f"model: its forward returned {type(output).__name__}, wanted an output with .logits")
+        raise ValueError(f"model: its forward returned a {type(output).__name__}, wanted an output with .logits")
     return output.logits
 
 
@@ -102,11 +106,12 @@ def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
             "Use token_logps on the logits"
         )
     x, z = known.double(), logits.to(known.device).double()
-    # Least squares over the row: where .logits are bfloat16, a single quotient is off by up to 0.4%.
-    scale = float((x[0, 0] * z[0, 0]).sum() / x[0, 0].square().sum())
+    scale = _slope(x[0, 0], z[0, 0])
     top = float(z[0, 1, -1])
-    straight = abs(top - scale * _SATURATED) <= 0.01 * abs(top)
-    post_head = PostHead(scale, None if straight else top)
+    if abs(top - scale * _SATURATED) <= 0.01 * abs(top):
+        post_head = PostHead(scale, None)
+    else:
+        post_head = PostHead(_slope(x[0, 0], top * torch.atanh(z[0, 0] / top)), top)
     fitted = post_head(x)
     fits = (z - fitted).abs() <= 8 * torch.finfo(logits.dtype).eps * fitted.abs()
     if not (fits.all() and scale > 0):
@@ -117,3 +122,8 @@ def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
             f"{z.flatten()[i]:.6g}. Use token_logps on the logits"
         )
     return post_head
+
+
+def _slope(x: Tensor, y: Tensor) -> float:
+    # The median of many: where .logits are bfloat16 one quotient is off by up to 0.4%, and a few columns may be masked.
+    return float((y / x)[x != 0].median())

@@ -19,15 +19,11 @@ import triton.language as tl
 # The maximum's start. Finite, so that -inf logits give exp(-inf - max) = 0 and not exp(-inf + inf) = NaN.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
-# Independent loads in flight per thread: 4 x 16 bytes x 1024 threads is about three times what an H100's memory latency
-# asks of each multiprocessor. 8 would cost the registers of half of those threads.
-_WORDS_PER_THREAD = 4
-
 # One compiled kernel serves every shape: no integer's value and no address enters the compile key.
-_FWD_SCALARS = ["T", "V", "stride_n", "stride_t", "ignore_index", "vocab_start", "vocab_total"]
-_BWD_SCALARS = [*_FWD_SCALARS, "dstride_n", "dstride_t", "blocks"]
-_FWD_POINTERS = ["logits", "labels", "logps", "stats"]
-_BWD_POINTERS = ["dlogps", "logits", "labels", "stats", "dlogits"]
+_SCALARS = [
+    "T", "V", "stride_n", "stride_t", "dstride_n", "dstride_t", "ignore_index", "vocab_start", "vocab_total", "blocks",
+]  # fmt: skip
+_POINTERS = ["logits", "labels", "logps", "stats", "dlogps", "dlogits"]
 
 
 @triton.jit
@@ -35,19 +31,22 @@ def _tanh(u):
     # 1 - 2 / (exp(2u) + 1) cancels near 0; there an odd polynomial, fitted to 1.5e-8 relative on |u| < 0.5.
     # libdevice's tanh does not exist in the interpreter.
     s = u * u
-    near_zero = u + u * s * (-0.33333144 + s * (0.1332588 + s * (-0.05304564 + s * 0.017241834)))
-    return tl.where(s < 0.25, near_zero, 1.0 - 2.0 / (tl.exp(2.0 * u) + 1.0))
+    near_zero = tl.fma(s, 0.017241834, -0.05304564)
+    near_zero = tl.fma(s, near_zero, 0.1332588)
+    near_zero = tl.fma(s, near_zero, -0.33333144)
+    near_zero = tl.fma(u * s, near_zero, u)
+    return tl.where(s < 0.25, near_zero, 1.0 - 2.0 / (tl.exp2(2.8853900 * u) + 1.0))  # 2 / log(2)
 
 
 @triton.jit
-def _scaled(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z and dz/dlogits."""
-    z = logits.to(tl.float32) * scale
-    dz = scale
+def _scaled(logits, inner, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z and dz/dlogits, where inner is scale / softcap, or scale without a softcap."""
+    z = logits.to(tl.float32) * inner
+    dz = inner
     if HAS_SOFTCAP:
-        t = _tanh(z * (1.0 / softcap))
+        t = _tanh(z)
         z = softcap * t
-        dz = scale * (1.0 - t * t)
+        dz = inner * softcap * (1.0 - t * t)
     return z, dz
 
 
@@ -62,10 +61,10 @@ def _first_word(row, VEC: tl.constexpr):
 def _online(top, total, z):
     """Take z [WORDS, VEC] into the running maximum and sum of exponentials [WORDS]. NaN lives on in the sum."""
     new = tl.maximum(top, tl.max(z, axis=1))
-    return new, total * tl.exp(top - new) + tl.sum(tl.exp(z - new[:, None]), axis=1)
+    return new, tl.fma(total, tl.exp(top - new), tl.sum(tl.exp(z - new[:, None]), axis=1))
 
 
-@triton.jit(do_not_specialize=_FWD_SCALARS, do_not_specialize_on_alignment=_FWD_POINTERS)
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
 def _token_logps_fwd_kernel(
     logits,  # [N, T, V]
     labels,  # [N, T]
@@ -78,13 +77,14 @@ def _token_logps_fwd_kernel(
     ignore_index,
     vocab_start,
     vocab_total,
-    scale,
+    inner,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     WORDS: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    n, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     label = tl.load(labels + row)
     ignored = label == ignore_index
@@ -96,10 +96,10 @@ def _token_logps_fwd_kernel(
         tl.store(stats + 2 * rows + row, fill)
         return
 
-    first = logits + row // T * stride_n + row % T * stride_t
+    first = logits + n * stride_n + t * stride_t
     column = label - vocab_start
     here = (column >= 0) & (column < V)
-    target, _ = _scaled(tl.load(first + column, mask=here, other=0.0), scale, softcap, HAS_SOFTCAP)
+    target = _scaled(tl.load(first + column, mask=here, other=0.0), inner, softcap, HAS_SOFTCAP)[0]
     target = tl.where(here, target, 0.0)
 
     BLOCK: tl.constexpr = WORDS * VEC
@@ -114,10 +114,10 @@ def _token_logps_fwd_kernel(
     for start in range(0, end, tl.maximum(last, BLOCK)):
         at = start + words + lanes
         x = tl.load(first + at, mask=start + words < end, other=0.0)
-        z, _ = _scaled(x, scale, softcap, HAS_SOFTCAP)
+        z = _scaled(x, inner, softcap, HAS_SOFTCAP)[0]
         top, total = _online(top, total, tl.where((at >= lead) & (at < end), z, float("-inf")))
     for start in range(BLOCK, last, BLOCK):
-        z, _ = _scaled(tl.load(first + (start + words + lanes)), scale, softcap, HAS_SOFTCAP)
+        z = _scaled(tl.load(first + (start + words + lanes)), inner, softcap, HAS_SOFTCAP)[0]
         top, total = _online(top, total, z)
 
     row_top = tl.max(top, axis=0)
@@ -129,7 +129,7 @@ def _token_logps_fwd_kernel(
     tl.store(stats + 2 * rows + row, target)
 
 
-@triton.jit(do_not_specialize=_BWD_SCALARS, do_not_specialize_on_alignment=_BWD_POINTERS)
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
 def _token_logps_bwd_kernel(
     dlogps,  # [N, T]
     logits,  # [N, T, V]
@@ -146,7 +146,7 @@ def _token_logps_bwd_kernel(
     vocab_start,
     vocab_total,
     blocks,
-    scale,
+    inner,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     ALIKE: tl.constexpr,  # a row of dlogits begins at the same place of its 16-byte word as the row of logits
@@ -154,9 +154,10 @@ def _token_logps_bwd_kernel(
     VEC: tl.constexpr,
 ):
     BLOCK: tl.constexpr = WORDS * VEC
-    row = tl.program_id(0).to(tl.int64) // blocks
-    start = (tl.program_id(0) % blocks * BLOCK).to(tl.int32)
-    rows = tl.num_programs(0).to(tl.int64) // blocks
+    row = tl.program_id(0) // blocks
+    n, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    start = tl.program_id(0) % blocks * BLOCK
+    rows = (tl.num_programs(0) // blocks).to(tl.int64)
     label = tl.load(labels + row)
     dlogp = tl.load(dlogps + row)
     row_top = tl.load(stats + row)
@@ -164,8 +165,8 @@ def _token_logps_bwd_kernel(
     target = tl.load(stats + 2 * rows + row)
     dlogp = tl.where((label >= 0) & (label < vocab_total), dlogp, float("nan"))
 
-    first, lead = _first_word(logits + row // T * stride_n + row % T * stride_t, VEC)
-    dfirst = dlogits + row // T * dstride_n + row % T * dstride_t - lead
+    first, lead = _first_word(logits + n * stride_n + t * stride_t, VEC)
+    dfirst = dlogits + n * dstride_n + t * dstride_t - lead
     if ALIKE:
         dfirst = tl.multiple_of(dfirst, 16)
     end = lead + V
@@ -174,11 +175,12 @@ def _token_logps_bwd_kernel(
 
     grad = tl.zeros([WORDS, VEC], tl.float32)
     if label != ignore_index:
-        z, dz = _scaled(tl.load(first + at, mask=words < end, other=0.0), scale, softcap, HAS_SOFTCAP)
+        z, dz = _scaled(tl.load(first + at, mask=words < end, other=0.0), inner, softcap, HAS_SOFTCAP)
         p = tl.exp(z - row_top) * (1.0 / row_total)
-        # 1 - p at the label is -expm1(logp) = -2t / (1 - t) with t = tanh(logp / 2): exact where p is near 1.
-        t = _tanh(0.5 * (target - row_top - tl.log(row_total)))
-        grad = tl.where(at - lead == label - vocab_start, -2.0 * t / (1.0 - t), -p) * (dlogp * dz)
+        # 1 - p at the label is -expm1(logp) = -2h / (1 - h), h = tanh(logp / 2): exact where p is near 1.
+        half = _tanh(0.5 * (target - row_top - tl.log(row_total)))
+        label_at = (label - vocab_start + lead).to(tl.int32)
+        grad = tl.where(at == label_at, -2.0 * half / (1.0 - half), -p) * (dlogp * dz)
 
     grad = grad.to(dlogits.dtype.element_ty)
     whole = (words >= lead) & (words + VEC <= end)
@@ -187,23 +189,42 @@ def _token_logps_bwd_kernel(
         tl.store(dfirst + at, grad, mask=(at >= lead) & (at < end) & (whole == 0))
 
 
-def _num_warps(row_bytes: int, bytes_per_warp: int, most: int) -> int:
-    return min(triton.next_power_of_2(triton.cdiv(row_bytes, bytes_per_warp)), most)
+def _transform(scale: float, softcap: float | None) -> dict[str, float | bool]:
+    if softcap is None:
+        return {"inner": float(scale), "softcap": 0.0, "HAS_SOFTCAP": False}
+    return {"inner": scale / softcap, "softcap": float(softcap), "HAS_SOFTCAP": True}
 
 
-def _fwd_launch(V: int, itemsize: int) -> dict[str, int]:
-    """A row to a program: warps for about four trips round the loop, from 1 (8 KiB rows) to 16 (128 KiB and more).
+def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps: int) -> dict[str, int | bool]:
+    """As many warps, a power of two, as make about `trips` round trips of a row, each thread holding so many words."""
+    bytes_per_warp = 32 * words_per_thread * 16 * trips
+    num_warps = min(triton.next_power_of_2(triton.cdiv(V * itemsize, bytes_per_warp)), most_warps)
+    # Were the compiler free to fuse, scale * logits - max would be exact for one and rounded for the other: at |z| = 1e4
+    # exp(max - max) could then miss 1 by 5e-4. Where fusing is wanted, the kernels say so.
+    return {
+        "WORDS": 32 * num_warps * words_per_thread,
+        "VEC": 16 // itemsize,
+        "num_warps": num_warps,
+        "enable_fp_fusion": False,
+    }
 
-    Not 32: two programs then no longer fit a multiprocessor, and one row's start would wait for another's end.
+
+def _fwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
+    """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB), at 64 registers a thread at most.
+
+    Four words a thread are four loads in flight: with 1024 threads to a multiprocessor, 64 KiB, about three times what
+    an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
+    the end of another.
     """
-    num_warps = _num_warps(V * itemsize, 8192, 16)
-    return {"WORDS": 32 * num_warps * _WORDS_PER_THREAD, "VEC": 16 // itemsize, "num_warps": num_warps}
+    return _launch(V, itemsize, words_per_thread=4, trips=4, most_warps=16)
 
 
-def _bwd_launch(V: int, itemsize: int) -> dict[str, int]:
-    """A block of up to 16 KiB to a program, without a loop: few rows still fill the GPU."""
-    num_warps = _num_warps(V * itemsize, 2048, 8)
-    return {"WORDS": 32 * num_warps * _WORDS_PER_THREAD, "VEC": 16 // itemsize, "num_warps": num_warps}
+def _bwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
+    """A block of up to 8 KiB to a program, without a loop: few rows still fill the GPU.
+
+    Two words a thread: four take 80 to 127 registers for 16-bit logits, and leave half of the threads.
+    """
+    return _launch(V, itemsize, words_per_thread=2, trips=1, most_warps=8)
 
 
 def token_logps_fwd(
@@ -234,9 +255,7 @@ def token_logps_fwd(
             ignore_index,
             vocab_start,
             vocab_total,
-            float(scale),
-            float(softcap or 0.0),
-            HAS_SOFTCAP=softcap is not None,
+            **_transform(scale, softcap),
             **_fwd_launch(V, logits.element_size()),
         )
 
@@ -279,9 +298,7 @@ def token_logps_bwd(
             vocab_start,
             vocab_total,
             blocks,
-            float(scale),
-            float(softcap or 0.0),
-            HAS_SOFTCAP=softcap is not None,
             ALIKE=alike,
+            **_transform(scale, softcap),
             **launch,
         )

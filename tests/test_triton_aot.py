@@ -1,0 +1,181 @@
+"""Triton's kernels as machine code for GPUs that are not here: no spills, 16-byte loads, no exponential too many.
+
+Compiled at the launch settings of V = 32000 and 128256 by a process of its own, because under TRITON_INTERPRET=1 this
+one holds interpreted functions.
+"""
+
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import nca_kernels
+
+CAPABILITIES = (80, 90, 100)
+VOCABULARIES = (32000, 128256)
+DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}
+LOSSES = ("info_nca", "nca", "dpo", "ipo", "kto")
+POINTERS = {"labels": "*i64", "mask": "*i1", "desirable": "*i1"}  # the others are float32, or of the logits' dtype
+FLOATS = ("inner", "softcap", "beta", "alpha", "factor")
+REGISTERS = 65536  # of a multiprocessor, on every one of these GPUs
+
+
+def _token_logps_cases():
+    from nca_kernels.backends.triton import token_logps
+
+    for kernel, dtype, V, softcap in itertools.product(("fwd", "bwd"), DTYPES, VOCABULARIES, (False, True)):
+        launch = getattr(token_logps, f"_{kernel}_launch")(V, DTYPES[dtype][1])
+        alike = {"ALIKE": True} if kernel == "bwd" else {}
+        yield f"token_logps_{kernel}", dtype, {**launch, **alike, "HAS_SOFTCAP": softcap}
+    yield "token_logps_bwd", "bfloat16", {**launch, "ALIKE": False, "HAS_SOFTCAP": False}
+
+
+def _group_loss_cases():
+    from nca_kernels.backends.triton import group_loss
+
+    for loss, K in [*((loss, 4) for loss in LOSSES), ("dpo", 64)]:
+        launch = group_loss._launch(K)
+        yield "group_loss_fwd", "float32", {**launch, "LOSS": loss, "PAIRS": "best_vs_rest", "REDUCED": True}
+
+
+def _compile(case):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    capability, name, dtype, launch = case
+    module = importlib.import_module(f"nca_kernels.backends.triton.{name.rsplit('_', 1)[0]}")
+    kernel = getattr(module, f"_{name}_kernel")
+    constants = {key: value for key, value in launch.items() if key in kernel.arg_names}
+    options = {key: value for key, value in launch.items() if key not in constants}
+    signature, specialised = {}, []
+    for param in kernel.params:
+        if param.name in FLOATS:
+            signature[param.name] = "fp32"
+        elif param.name in module._POINTERS:
+            element = DTYPES[dtype][0] if param.name in ("logits", "dlogits") else "fp32"
+            signature[param.name] = POINTERS.get(param.name, f"*{element}")
+            specialised += [] if param.do_not_specialize_on_alignment else [param.name]
+        elif param.name not in constants:
+            signature[param.name] = "i32"
+            specialised += [] if param.do_not_specialize else [param.name]
+        elif _version(triton) >= (3, 3):
+            signature[param.name] = "constexpr"
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options
+    )
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        run = {"check": True, "capture_output": True, "text": True}
+        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin.name], **run).stdout
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], **run).stdout
+    return {
+        "capability": capability,
+        "name": name,
+        "dtype": dtype,
+        "launch": launch,
+        "specialised": specialised,
+        **{key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
+        **{op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDG.E.128", "STG.E.128", "MUFU.EX2")},
+    }
+
+
+def _version(triton):
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def _compile_all():
+    import triton
+
+    # ptxas knows sm_100 since Triton 3.3.
+    capabilities = [c for c in CAPABILITIES if c < 100 or _version(triton) >= (3, 3)]
+    cases = [(c, *case) for c in capabilities for case in (*_token_logps_cases(), *_group_loss_cases())]
+    unique = {json.dumps(case): case for case in cases}.values()  # two vocabularies may share their settings
+    with multiprocessing.Pool(2) as pool:
+        return list(pool.imap_unordered(_compile, unique))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        pytest.skip("Triton is not installed")
+    if not (Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump").exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_cache"))
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(nca_kernels.__file__).parents[1]), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def compiled(request, kernels):
+    """The kernels for one GPU."""
+    here = [kernel for kernel in kernels if kernel["capability"] == request.param]
+    if not here:
+        pytest.skip(f"this Triton cannot compile for sm_{request.param}")
+    return here
+
+
+def _words(kernel):
+    """The 16-byte words that a thread holds."""
+    return kernel["launch"]["WORDS"] // (32 * kernel["launch"]["num_warps"])
+
+
+def _named(compiled, name):
+    found = [kernel for kernel in compiled if kernel["name"] == name]
+    assert found
+    return found
+
+
+def test_nothing_spills(compiled):
+    for kernel in compiled:
+        assert kernel["stack"] == 0 and kernel["local"] == 0, kernel
+
+
+def test_no_value_and_no_address_asks_for_a_recompile(compiled):
+    for kernel in compiled:
+        assert kernel["specialised"] == [], kernel
+
+
+def test_two_programs_fit_a_multiprocessor(compiled):
+    for kernel in compiled:
+        # With a softcap arithmetic, not memory, is the limit of 16-bit logits.
+        if kernel["name"] != "group_loss_fwd" and not kernel["launch"]["HAS_SOFTCAP"]:
+            registers = -(-kernel["reg"] // 8) * 8  # allotted by eights
+            assert 2 * registers * 32 * kernel["launch"]["num_warps"] <= REGISTERS, kernel
+
+
+def test_fwd_reads_16_bytes_at_a_time(compiled):
+    # Whatever the row's alignment: none was promised to the compiler. Both loops count.
+    for kernel in _named(compiled, "token_logps_fwd"):
+        assert kernel["LDG.E.128"] == 2 * _words(kernel), kernel
+
+
+def test_bwd_reads_and_writes_16_bytes_at_a_time(compiled):
+    for kernel in _named(compiled, "token_logps_bwd"):
+        assert kernel["LDG.E.128"] == _words(kernel), kernel
+        assert kernel["STG.E.128"] == (_words(kernel) if kernel["launch"]["ALIKE"] else 0), kernel
+
+
+def test_fwd_takes_one_exponential_an_element_and_one_a_word(compiled):
+    for kernel in _named(compiled, "token_logps_fwd"):
+        if not kernel["launch"]["HAS_SOFTCAP"]:
+            words, per_word = _words(kernel), kernel["launch"]["VEC"] + 1
+            assert kernel["MUFU.EX2"] == 2 * words * per_word + words, kernel  # two loops, and the end of the row
+
+
+if __name__ == "__main__":
+    json.dump(_compile_all(), sys.stdout)
