@@ -119,9 +119,9 @@ part() { # name, seconds
 }
 
 part build 130
-part tests 130
+part tests 120
 part sanitize 70
-part logps 80
+part logps 100
 part linear 60
 part group 30
 part step 30

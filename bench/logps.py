@@ -125,9 +125,9 @@ def implementations(device: str, dtype: torch.dtype, ignored: bool, backward: bo
         )
 
     def quack(inplace=False):
-        from quack import cross_entropy
+        from quack.cross_entropy import cross_entropy
 
-        return lambda tensors: cross_entropy.cross_entropy(
+        return lambda tensors: cross_entropy(
             tensors["logits"], tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none", inplace_backward=inplace
         )
 

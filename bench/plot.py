@@ -54,11 +54,11 @@ def _bars(document: dict, groups: dict[str, list[dict]], field: str, label: str,
     lines = -(-len(groups) // columns)
     tallest = max(map(len, groups.values()))
     figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, (0.9 + 0.3 * tallest) * lines), squeeze=False)
-    colours = _colours([_label(row) for rows in groups.values() for row in rows])
+    colours = _colours([schema.label(row) for rows in groups.values() for row in rows])
     for axis, (title, rows) in zip(axes.flat, groups.items(), strict=False):
         rows = [row for row in rows if row[field] is not None][::-1]
-        values = [row[field] for row in rows]
-        bars = axis.barh([_label(row) for row in rows], values, color=[colours[_label(row)] for row in rows], height=0.7)
+        values, names = [row[field] for row in rows], [schema.label(row) for row in rows]
+        bars = axis.barh(names, values, color=[colours[name] for name in names], height=0.7)
         axis.bar_label(bars, [f"{value:.3g}" if value >= 0.1 else "<0.1" for value in values], padding=3, fontsize=8)
         axis.set_xlim(0, 1.18 * max([*values, 1e-9]))
         axis.set_title(title, fontsize=9, loc="left")
@@ -67,10 +67,6 @@ def _bars(document: dict, groups: dict[str, list[dict]], field: str, label: str,
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     return _save(document, figure, label, target)
-
-
-def _label(row: dict) -> str:
-    return row["implementation"] + (", in place" if row["pass"].endswith("in place") else "")
 
 
 def _colours(names: list[str]) -> dict[str, str]:

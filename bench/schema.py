@@ -45,7 +45,9 @@ ROW = {
     "samples": int,
     "bytes": NUMBER,  # the least traffic that answers the case (null where arithmetic bounds it)
     "flop": NUMBER,  # the least arithmetic (null where traffic bounds it)
-    "share": NUMBER,  # of the measured ceiling: the time of that least work at the ceiling's rate, over ms
+    # Of the measured ceiling: the time of that least work at the ceiling's rate, over ms. More than 1 in place on a CPU,
+    # where a line that was just read is written without fetching it again, as a copy must.
+    "share": NUMBER,
     "units": NUMBER,  # ms over the time of the case's unit (one read of the logits, one GEMM)
     "speedup": NUMBER,  # ms of plain PyTorch at this case and pass, over ms
     "peak_mib": NUMBER,  # beyond the inputs
@@ -200,10 +202,9 @@ def table(rows: list[dict]) -> str:
     head = f"{'':<{width}}" + "".join(f"{name:>11}" for name in COLUMNS)
     lines = [f"{first['suite']}: {first['case']}, {first['dtype']}, {rows[0]['pass'].removesuffix(' in place')}", head]
     for row in rows:
-        label = row["implementation"] + ("  (in place)" if row["pass"].endswith("in place") else "")
         cells = ["-" if row[key] is None else form.format(row[key]) for key, form in COLUMNS.values()]
         text = "".join(f"{cell:>11}" for cell in cells) if row["status"] in ("ok", "wrong") else f"  {row['status']}"
-        lines.append(f"{label:<{width}}{text}" + ("  wrong" if row["status"] == "wrong" else ""))
+        lines.append(f"{label(row):<{width}}{text}" + ("  wrong" if row["status"] == "wrong" else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -212,20 +213,20 @@ def summary(rows: list[dict]) -> str:
     lines = []
     for (case, dtype, pass_name), group in by_problem(rows).items():
         timed = [row for row in group if row["ms"] and not row["implementation"].startswith(CEILING)]
-        mine = [row for row in timed if is_ours(row)]
-        peers = [row for row in timed if not is_ours(row)]
+        mine = [row for row in timed if is_ours(row) and not row["implementation"].endswith(" again")]
+        peers = [row for row in timed if not is_ours(row) and row["implementation"] != PLAIN]
         title = f"{case}, {dtype}, {pass_name}: "
         if not mine:
-            lines.append(title + "; ".join(f"{row['implementation']} {row['status']}" for row in group if is_ours(row)))
+            reasons = dict.fromkeys(row["status"] for row in group if is_ours(row))
+            lines.append(title + "; ".join(reasons))
             continue
         best = min(mine, key=lambda row: row["ms"])
-        facts = [f"{best['implementation']} {best['ms']:.3f} ms"]
-        facts += [f"{best['units']:.2f} units"] * (best["units"] is not None)
-        facts += [f"{best['share']:.0%} of the ceiling"] * (best["share"] is not None)
-        facts += [f"{best['speedup']:.2f}x plain"] * (best["speedup"] is not None)
+        facts = [f"{label(best)} {best['ms']:.3f} ms"]
+        forms = {"units": "{:.2f} units", "share": "{:.0%} of the ceiling", "speedup": "{:.2f}x plain"}
+        facts += [form.format(best[key]) for key, form in forms.items() if best[key] is not None]
         if peers:
             peer = min(peers, key=lambda row: row["ms"])
-            facts.append(f"{peer['ms'] / best['ms']:.2f}x {peer['implementation']}")
+            facts.append(f"{peer['ms'] / best['ms']:.2f}x {label(peer)}")
         lines.append(title + ", ".join(facts))
     return "\n".join(lines)
 
@@ -240,3 +241,7 @@ def by_problem(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
 
 def is_ours(row: dict) -> bool:
     return row["implementation"].startswith(OURS)
+
+
+def label(row: dict) -> str:
+    return row["implementation"] + (", in place" if row["pass"].endswith("in place") else "")

@@ -18,10 +18,12 @@ T* at(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(NCA_MODULE, m) {
-  py::class_<nca::Launch>(m, "Launch").def(py::init<int, int, uintptr_t>(), py::arg("threads") = 1,
-                                           py::arg("device") = 0, py::arg("stream") = 0);
+  // Local: pybind11 refuses to load a second module of the process that registers the same struct for all to see.
+  const py::module_local own;
+  py::class_<nca::Launch>(m, "Launch", own)
+      .def(py::init<int, int, uintptr_t>(), py::arg("threads") = 1, py::arg("device") = 0, py::arg("stream") = 0);
 
-  py::class_<nca::TokenLogps>(m, "TokenLogps")
+  py::class_<nca::TokenLogps>(m, "TokenLogps", own)
       .def(py::init([](uintptr_t logits, int dtype, int64_t N, int64_t T, int64_t V, int64_t stride_n, int64_t stride_t,
                        uintptr_t labels, int64_t ignore_index, float scale, float softcap, int64_t vocab_start,
                        int64_t vocab_total, uintptr_t logps, uintptr_t stats, uintptr_t dlogps, uintptr_t dlogits,
@@ -32,7 +34,7 @@ PYBIND11_MODULE(NCA_MODULE, m) {
                                dstride_n, dstride_t};
       }));
 
-  py::class_<nca::GroupLoss>(m, "GroupLoss")
+  py::class_<nca::GroupLoss>(m, "GroupLoss", own)
       .def(py::init([](int name, int pairs, int reduction, int64_t B, int64_t K, uintptr_t logps, uintptr_t ref_logps,
                        uintptr_t scores, uintptr_t mask, uintptr_t lengths, uintptr_t desirable, uintptr_t baseline,
                        float beta, float alpha, uintptr_t loss, uintptr_t rewards, uintptr_t dlogps) {
@@ -45,6 +47,7 @@ PYBIND11_MODULE(NCA_MODULE, m) {
 
   // The kernels touch no Python object, so other Python threads may run meanwhile.
   using nogil = py::call_guard<py::gil_scoped_release>;
+  m.def("unusable", &nca::NCA_DEVICE::unusable, nogil());
   m.def("token_logps_fwd", &nca::NCA_DEVICE::token_logps_fwd, nogil());
   m.def("token_logps_bwd", &nca::NCA_DEVICE::token_logps_bwd, nogil());
   m.def("group_loss_fwd", &nca::NCA_DEVICE::group_loss_fwd, nogil());

@@ -60,6 +60,8 @@ struct GroupLoss {
 };
 
 namespace cpu {
+// Why nothing can run on this machine; null: it can.
+const char* unusable();
 // Both return the first row whose label is neither ignore_index nor in [0, vocab_total), or -1.
 std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
 std::int64_t token_logps_bwd(const TokenLogps&, const Launch&);
@@ -67,6 +69,7 @@ void group_loss_fwd(const GroupLoss&, const Launch&);
 }  // namespace cpu
 
 namespace cuda {
+const char* unusable();
 // No host sync: a row with a bad label gets NaN (logp and gradient), and both return -1.
 std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
 std::int64_t token_logps_bwd(const TokenLogps&, const Launch&);

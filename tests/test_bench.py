@@ -37,6 +37,7 @@ def test_suite_stores_rows_that_can_be_drawn(suite, tmp_path):
     status = {row["implementation"]: row["status"] for row in document["rows"]}
     assert status["nca_kernels cpu"] == "ok" and status["plain"] == "ok"
     assert not [name for name, text in status.items() if text == "wrong" or text.startswith("failed")]
+    assert "nca_kernels cpu" in schema.summary(document["rows"])
     plot(tmp_path, tmp_path / "img")
     assert list((tmp_path / "img").glob("*.png"))
 

@@ -436,23 +436,23 @@ def distributed_worker(rank, world, port, failures):
         whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
         return logps, {name.removeprefix("module."): whole(grad) for name, grad in grads.items()}
 
-    def sharded(head_apart, **head_options):
-        model = tiny("gemma2", tie_word_embeddings=not head_apart)
+    def sharded(name="gemma2", head_apart=True, **head_options):
+        model = tiny(name, tie_word_embeddings=not head_apart)
         for layer in model.model.layers:
             fully_shard(layer)
         if head_apart:
             fully_shard(model.lm_head, **head_options)
         return fully_shard(model, reshard_after_forward=True)
 
-    for make in [
-        lambda: DistributedDataParallel(tiny("gemma2")),
-        lambda: sharded(head_apart=False),
-        lambda: sharded(head_apart=True),
+    for name, make in [
+        ("gemma2", lambda: DistributedDataParallel(tiny("gemma2"))),
+        ("gemma2", lambda: sharded(head_apart=False)),
+        ("gemma2", sharded),
         # What leaves the head is rounded to bfloat16; the log-probs must not be.
-        lambda: sharded(head_apart=True, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16)),
+        ("llama", lambda: sharded("llama", mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))),
     ]:
         ours, ours_grads = step(make(), model_logps)
-        plain = tiny("gemma2", tie_word_embeddings="lm_head.weight" not in ours_grads)
+        plain = tiny(name, tie_word_embeddings="lm_head.weight" not in ours_grads)
         wanted, grads = step(plain, own_logps)
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
         assert ours_grads.keys() == grads.keys()

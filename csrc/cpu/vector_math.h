@@ -42,7 +42,7 @@ Tanh tanh(Vec x) {
   const Vec pow2 = scale_pow2(splat(1.f), e.n);
   const Vec q = fma(e.p, e.r * e.r, e.r);       // e^r - 1
   const Vec exp_m1 = fma(pow2, q, pow2 - 1.f);  // exact near 0, where n = 0
-  // tanh |x| = (1 - e) / (1 + e), e = e^-2|x|, and one step of Newton's against the roundings of 1 + e and the quotient.
+  // tanh |x| = (1 - e) / (1 + e), e = e^-2|x|, and one Newton step against the roundings of 1 + e and the quotient.
   const Vec sum = 2.f + exp_m1;
   const Vec inverse = 1.f / sum;
   const Vec quotient = -exp_m1 * inverse;

@@ -33,16 +33,24 @@ class NativeBackend:
     def _module(self):
         return importlib.import_module(f"nca_kernels._{self.NAME}")
 
+    @cached_property  # a failed import is searched for anew at every try
+    def _import_error(self) -> str:
+        try:
+            _ = self._module
+        except ImportError as error:
+            return str(error)
+        return ""
+
     def unsupported(
         self, op: str, device: torch.device, dtype: torch.dtype | None = None, loss: str | None = None
     ) -> list[str]:
         reasons = []
         if device.type != self.NAME:
             reasons.append(f"runs on {self.NAME} tensors, not on {device.type}")
-        try:
-            _ = self._module
-        except ImportError as error:
-            reasons.append(f"the extension nca_kernels._{self.NAME} was not built or does not load ({error})")
+        if self._import_error:
+            reasons.append(f"the extension nca_kernels._{self.NAME} was not built or does not load ({self._import_error})")
+        elif device.type == self.NAME and (why := self._module.unusable()):
+            reasons.append(f"the extension nca_kernels._{self.NAME} cannot run here ({why})")
         if dtype is not None and dtype not in DTYPES:
             reasons.append(f"has no {dtype} kernel (it has {', '.join(map(str, DTYPES))})")
         if loss is not None and loss not in LOSSES:

@@ -95,12 +95,14 @@ def align(
 
 
 def choose_responses(data: Preferences, K: int, generator: torch.Generator) -> Preferences:
-    """K of each prompt's responses in a random order: a best one, then a worse one, then any others."""
-    key = torch.rand(data.scores.shape, generator=generator)
+    """K of each prompt's responses: a best one, a worse one, then any others, each at random."""
+    rows = torch.arange(len(data))[:, None]
     best = data.scores == data.scores.amax(1, keepdim=True)
-    key.scatter_add_(1, (key + 2 * best).argmax(1, keepdim=True), torch.full((len(data), 1), 4.0))
-    key.scatter_add_(1, (key + 2 * ~best).argmax(1, keepdim=True), torch.full((len(data), 1), 2.0))
-    raise NotImplementedError
+    key = torch.rand(data.scores.shape, generator=generator)
+    first, second = ((key + group).argmax(1, keepdim=True) for group in (best, ~best))
+    key[rows, first], key[rows, second] = 3.0, 2.0
+    columns = key.argsort(1, descending=True)[:, :K]
+    return Preferences(*(values[rows, columns] for values in (data.tokens, data.labels, data.scores, data.ref_logps)))
 
 
 def _probe(model: LlamaForCausalLM, heldout: Preferences, step: int, path: str, curves: Curves) -> None:

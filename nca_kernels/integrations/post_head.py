@@ -62,7 +62,9 @@ def inspect(head: HeadLayer, call: Callable[[], object], backend: str | None) ->
         eps = torch.finfo(plain.dtype).eps
         return plain
 
-    logits = _logits(head, few_rows, call).double()
+    logits = _logits(head, few_rows, call)
+    eps = max(eps, torch.finfo(logits.dtype).eps)
+    logits = logits.to(fused.device).double()
     own = torch.log_softmax(logits, dim=-1).gather(-1, labels[..., None])[..., 0]
     if torch.get_float32_matmul_precision() != "highest":
         eps = max(eps, 2.0**-8)
@@ -93,7 +95,7 @@ def logits_of(output: object) -> Tensor:
 def known_values(vocab: int, device: torch.device) -> Tensor:
     """``[1, 2, V]``: a row that shows the scale and a row that shows the softcap, over every column."""
     ramp = torch.linspace(-1, 1, vocab, device=device)
-    known = torch.stack([_LINEAR * ramp, 64 * ramp])[None]
+    known = torch.stack([_LINEAR * ramp, 64 * ramp])[None].bfloat16().float()  # no rounding on the way, whatever the dtype
     known[0, 1, -1] = _SATURATED
     return known
 

@@ -196,7 +196,7 @@ def _transform(scale: float, softcap: float | None) -> dict[str, float | bool]:
 
 
 def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps: int) -> dict[str, int | bool]:
-    """As many warps, a power of two, as make about `trips` round trips of a row, each thread holding so many words."""
+    """As many warps, a power of two, as pass a row in about `trips` blocks, each thread holding so many words."""
     bytes_per_warp = 32 * words_per_thread * 16 * trips
     num_warps = min(triton.next_power_of_2(triton.cdiv(V * itemsize, bytes_per_warp)), most_warps)
     # Were the compiler free to fuse, scale * logits - max would be exact for one and rounded for the other: at |z| = 1e4
@@ -210,7 +210,7 @@ def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps
 
 
 def _fwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
-    """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB), at 64 registers a thread at most.
+    """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB), below 64 registers a thread (no softcap).
 
     Four words a thread are four loads in flight: with 1024 threads to a multiprocessor, 64 KiB, about three times what
     an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
@@ -222,7 +222,7 @@ def _fwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
 def _bwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
     """A block of up to 8 KiB to a program, without a loop: few rows still fill the GPU.
 
-    Two words a thread: four take 80 to 127 registers for 16-bit logits, and leave half of the threads.
+    Two words a thread: four take 80 registers and more for 16-bit logits, and fewer threads fit.
     """
     return _launch(V, itemsize, words_per_thread=2, trips=1, most_warps=8)
 
