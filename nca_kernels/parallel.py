@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 
 def _group(name: str):
@@ -23,3 +26,30 @@ def all_reduce(values: Tensor, group: str) -> Tensor:
     """The sum over ranks, in place."""
     dist.all_reduce(values, group=_group(group))
     return values
+
+
+def local_head(weight: Tensor, bias: Tensor | None, tp_group) -> tuple[Tensor, Tensor | None, str]:
+    """This rank's rows of the head, and the name of the group that holds the others', "" for none.
+
+    A ``DTensor`` sharded on dim 0 over one mesh dimension names its own group.
+    """
+    if not isinstance(weight, DTensor):
+        return weight, bias, "" if tp_group is None else tp_group.group_name
+    if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
+        raise ValueError(
+            f"weight: got a DTensor with placements {tuple(weight.placements)} on a {weight.device_mesh.ndim}-D mesh, wanted "
+            "(Shard(0),) on a 1-D mesh; gather it first (weight.full_tensor()), or pass this rank's rows and tp_group"
+        )
+    if isinstance(bias, DTensor):
+        bias = bias.to_local()
+    return weight.to_local(), bias, weight.device_mesh.get_group().group_name
+
+
+@cache  # a collective, and the sizes of a group's slices do not change
+def slice_of(rows: int, device: torch.device, group: str) -> tuple[int, int]:
+    """Where this rank's rows start, and how many rows all ranks have."""
+    if not group:
+        return 0, rows
+    rank, sizes = all_gather(torch.tensor([rows], device=device), group)
+    sizes = sizes.flatten().tolist()
+    return sum(sizes[:rank]), sum(sizes)

@@ -355,7 +355,7 @@ def masked_column(logits):
         (lambda x: -x, r"not softcap \* tanh"),
         (lambda x: 30 * torch.erf(x / 30), r"not softcap \* tanh"),
         (lambda x: x.log_softmax(-1), r"not softcap \* tanh"),
-        (lambda x: x[..., :90], r"\.logits of shape \[1, 2, 90\] from a head output of \[1, 2, 99\]"),
+        (lambda x: x[..., :90], r"\.logits of shape \[1, 1, 90\] from a head output of \[1, 1, 99\]"),
     ],
 )
 def test_refused_maps(function, message):
@@ -383,10 +383,10 @@ def test_mismatch_names_both_numbers(monkeypatch):
 
 
 def test_several_predicting_heads_are_refused():
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=32, num_decoder_layers=2, num_decoder_attention_heads=4, decoder_ffn_dim=48, ngram=2,
-        max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False, add_cross_attention=False,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48, "ngram": 2,
+        "max_position_embeddings": 64, "is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False,
+    }  # fmt: skip
     prophetnet = pytest.importorskip("transformers.models.prophetnet", reason="transformers without ProphetNet")
     model = prophetnet.ProphetNetForCausalLM(prophetnet.ProphetNetConfig(**sizes)).eval()
     with pytest.raises(ValueError, match="model: "):

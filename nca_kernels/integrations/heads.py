@@ -77,7 +77,7 @@ def logps_for_logits(
         with logps_for_logits(model, batch["labels"]):
             logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     """
-    core = _causal_lm(model)
+    core = causal_lm(model)
     head = HeadLayer(core)
     logps = None
     inspecting = False
@@ -129,6 +129,8 @@ def logps_for_logits(
             )
         output.logits = _Anchored.apply(logps.to(logits.device), logits)
 
+    if model._compiled_call_impl is not None:  # model.compile() traces a module's hooks, too
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
     with head.replaced(), ExitStack() as hooks:
         # First of all hooks: the forwards of `inspect` may not run inside one that FSDP has begun.
         hooks.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
@@ -153,13 +155,13 @@ class _Anchored(torch.autograd.Function):
         return dlogps, ctx.output
 
 
-def _causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, DeepSpeed, FSDP1 (``module``), ``torch.compile`` (``_orig_mod``) and PEFT."""
     if isinstance(model, nn.DataParallel):
         raise TypeError("model: got nn.DataParallel, which does not split the labels; wanted DistributedDataParallel")
     for name in ("module", "_orig_mod"):
         if isinstance(inner := getattr(model, name, None), nn.Module):
-            return _causal_lm(inner)
+            return causal_lm(inner)
     if hasattr(model, "get_base_model"):
         return model.get_base_model()
     if not hasattr(model, "get_output_embeddings"):

@@ -93,11 +93,12 @@ def logits_of(output: object) -> Tensor:
 
 
 def known_values(vocab: int, device: torch.device) -> Tensor:
-    """``[1, 2, V]``: a row that shows the scale and a row that shows the softcap, over every column."""
-    ramp = torch.linspace(-1, 1, vocab, device=device)
-    known = torch.stack([_LINEAR * ramp, 64 * ramp])[None].bfloat16().float()  # no rounding on the way, whatever the dtype
-    known[0, 1, -1] = _SATURATED
-    return known
+    """``[1, 1, V]``: small ones in the first half of the columns show the scale, wide ones in the others the softcap."""
+    half = vocab // 2
+    known = torch.linspace(-64, 64, vocab, device=device)
+    known[:half] = _LINEAR * torch.linspace(-1, 1, half, device=device)
+    known[-1] = _SATURATED
+    return known.bfloat16().float()[None, None]  # exact on its way through any dtype
 
 
 def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
@@ -107,21 +108,20 @@ def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
             f"model: .logits of shape {list(logits.shape)} from a head output of {list(known.shape)}, wanted the same shape. "
             "Use token_logps on the logits"
         )
-    x, z = known.double(), logits.to(known.device).double()
-    scale = _slope(x[0, 0], z[0, 0])
-    top = float(z[0, 1, -1])
+    x, z = known.double().flatten(), logits.to(known.device).double().flatten()
+    half = len(x) // 2
+    scale, top = _slope(x[:half], z[:half]), float(z[-1])
     if abs(top - scale * _SATURATED) <= 0.01 * abs(top):
         post_head = PostHead(scale, None)
     else:
-        post_head = PostHead(_slope(x[0, 0], top * torch.atanh(z[0, 0] / top)), top)
+        post_head = PostHead(_slope(x[:half], top * torch.atanh(z[:half] / top)), top)
     fitted = post_head(x)
-    fits = (z - fitted).abs() <= 8 * torch.finfo(logits.dtype).eps * fitted.abs()
-    if not (fits.all() and scale > 0):
-        i = int((~fits).flatten().nonzero()[0]) if not fits.all() else 0
+    off = ~((z - fitted).abs() <= 8 * torch.finfo(logits.dtype).eps * fitted.abs())
+    if off.any() or not scale > 0:
+        i = int(off.int().argmax())
         raise ValueError(
             f"model: .logits are not softcap * tanh(scale * x / softcap) of the head's output x: the closest, {post_head}, "
-            f"gives {fitted.flatten()[i]:.6g} for x = {x.flatten()[i]:.6g} in column {i % x.shape[-1]}, the model "
-            f"{z.flatten()[i]:.6g}. Use token_logps on the logits"
+            f"gives {fitted[i]:.6g} for x = {x[i]:.6g} in column {i}, the model {z[i]:.6g}. Use token_logps on the logits"
         )
     return post_head
 
