@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,11 +43,11 @@ def local_head(weight: Tensor, bias: Tensor | None, tp_group) -> tuple[Tensor, T
     return weight.to_local(), bias, weight.device_mesh.get_group().group_name
 
 
-@cache  # a collective, and the sizes of a group's slices do not change
 def slice_of(rows: int, device: torch.device, group: str) -> tuple[int, int]:
-    """Where this rank's rows start, and how many rows all ranks have."""
-    if not group:
-        return 0, rows
+    """Where this rank's rows start, and how many rows all ranks have.
+
+    Asked anew at every call: an answer kept by one rank and not by another would leave the second alone in the collective.
+    """
     rank, sizes = all_gather(torch.tensor([rows], device=device), group)
     sizes = sizes.flatten().tolist()
     return sum(sizes[:rank]), sum(sizes)

@@ -37,7 +37,7 @@ def values_and_grads(function, model, inputs, upstream):
     return logps.detach(), grads
 
 
-def assert_same(model, inputs, tol=1e-6):
+def assert_same(model, inputs):
     """Values and the gradient of every parameter, against the float64 of the model's logits; float32 is the yardstick."""
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
     ours, ours_grads = values_and_grads(model_logps, model, inputs, upstream)
@@ -45,11 +45,12 @@ def assert_same(model, inputs, tol=1e-6):
     true, true_grads = values_and_grads(lambda *a: own_logps(*a, compute=torch.float64), model, inputs, upstream)
     assert ours.dtype == torch.float32
     assert (ours != 0).sum() == (true != 0).sum() > 0
-    assert_no_worse(ours, true, peer, tol, "logps")
+    assert_no_worse(ours, true, peer, 1e-6, "logps")
     assert ours_grads.keys() == true_grads.keys() and ours_grads
     for name, grad in true_grads.items():
+        # The float32 layers below magnify the head's rounding, in a gradient that should be zero most of all.
         size = grad.abs().max().clamp(min=1e-3)
-        assert_no_worse(ours_grads[name] / size, grad / size, peer_grads[name] / size, tol, name)
+        assert_no_worse(ours_grads[name] / size, grad / size, peer_grads[name] / size, 3e-6, name)
 
 
 def assert_restored(model):
@@ -192,9 +193,12 @@ def test_autocast():
         peer, peer_grads = values_and_grads(own_logps, model, inputs, upstream)
     assert_no_worse(ours, true, peer, 2.0**-9, "logps")
     assert ours_grads.keys() == true_grads.keys()
-    for name, grad in true_grads.items():
-        error, yardstick = (ours_grads[name] - grad).norm(), (peer_grads[name] - grad).norm()
-        assert error <= 1.1 * yardstick + 2.0**-9 * grad.norm(), name
+
+    def flat(grads):
+        return torch.cat([grads[name].flatten() for name in true_grads])
+
+    error, yardstick = (flat(grads) - flat(true_grads) for grads in (ours_grads, peer_grads))
+    assert error.norm() <= yardstick.norm() + 2.0**-9 * flat(true_grads).norm()
 
 
 def test_bfloat16_model():
@@ -223,6 +227,24 @@ def test_accelerate_split_over_devices():
     for module in (model, *model.model.layers, model.lm_head):
         accelerate.hooks.add_hook_to_module(module, copy.copy(hook))
     assert_same(model, batch())
+
+
+@pytest.mark.parametrize("way", ["whole", "in place", "body"])
+def test_torch_compile(way):
+    model, inputs = tiny("granite"), batch()
+    wanted = own_logps(model, *inputs).detach()
+    compiled = torch.compile(model, backend="eager") if way == "whole" else model
+    if way == "in place":
+        model.compile(backend="eager")
+    if way == "body":
+        model.model = torch.compile(model.model, backend="eager")
+    counts = torch._dynamo.utils.counters["stats"]
+    for call in range(5):
+        model_logps(compiled, *inputs)
+        if call == 2:
+            frames = counts["unique_graphs"]
+    torch.testing.assert_close(model_logps(compiled, *inputs), wanted, rtol=1e-5, atol=1e-5)
+    assert counts["unique_graphs"] == frames  # the patch of each call is not a new program
 
 
 def lora(name, **config):
@@ -265,6 +287,29 @@ def test_peft_lora_on_the_head():
         model_logps(model, *inputs)
 
 
+def test_peft_lora_on_the_heads_parameter():
+    """Added to the weight itself, it is in the weight that the head's forward reads."""
+    assert_same(lora("llama", target_modules=["q_proj"], target_parameters=["lm_head.weight"]), batch())
+
+
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        ("IA3Config", {"target_modules": ["q_proj", "lm_head"], "feedforward_modules": []}),
+        ("LoraConfig", {"target_modules": ["lm_head"], "use_dora": True}),
+        ("LoraConfig", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 4]}}),
+        ("VeraConfig", {"target_modules": ["lm_head"]}),
+        ("HRAConfig", {"target_modules": ["lm_head"], "r": 4}),
+    ],
+)
+def test_peft_other_adapters_on_the_head_are_refused(config, settings):
+    """Also those that do nothing yet: the first step of training would change that, unseen."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(tiny("llama"), getattr(peft, config)(task_type="CAUSAL_LM", **settings))
+    with pytest.raises(ValueError, match="model: "):
+        model_logps(model, *batch())
+
+
 def test_peft_virtual_tokens_are_refused():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
@@ -296,10 +341,6 @@ def quantised(head):
     layer = Quantised(head.in_features, head.out_features, bias=False)
     layer.weight = head.weight
     return layer
-
-
-def unused(head):
-    return type("Unused", (nn.Module,), {"forward": lambda self, x: F.linear(x, self.head.weight)})()
 
 
 def own_forward(head):
@@ -373,19 +414,19 @@ def test_a_map_that_widens_later_is_refused():
 def test_mismatch_names_both_numbers(monkeypatch):
     model, inputs = tiny("llama"), batch()
     exact = post_head.linear_token_logps
-    monkeypatch.setattr(post_head, "linear_token_logps", lambda *a, **k: exact(*a, **k) - 0.01)
-    with pytest.raises(ValueError, match=r"log-prob (-[0-9.]+); the model's own .logits give (-[0-9.]+)") as error:
-        model_logps(model, *inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(post_head, "linear_token_logps", lambda *a, **k: exact(*a, **k) - 0.01)
+        with pytest.raises(ValueError, match=r"log-prob (-[0-9.]+); the model's own .logits give (-[0-9.]+)") as error:
+            model_logps(model, *inputs)
     ours, own = (float(word.strip(".;")) for word in str(error.value).split() if word.startswith("-"))
     assert ours == pytest.approx(own - 0.01, abs=1e-5)
-    monkeypatch.undo()
     model_logps(model, *inputs)  # not remembered as good or bad
 
 
 def test_several_predicting_heads_are_refused():
     sizes = {
-        "vocab_size": VOCAB, "hidden_size": 32, "num_decoder_layers": 2, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48, "ngram": 2,
-        "max_position_embeddings": 64, "is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False,
+        "vocab_size": VOCAB, "hidden_size": 32, "num_decoder_layers": 2, "num_decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48, "ngram": 2, "max_position_embeddings": 64, "is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False,
     }  # fmt: skip
     prophetnet = pytest.importorskip("transformers.models.prophetnet", reason="transformers without ProphetNet")
     model = prophetnet.ProphetNetForCausalLM(prophetnet.ProphetNetConfig(**sizes)).eval()

@@ -31,11 +31,12 @@ def _check(target, dtype, needs, problem=None, **options):
     truth = _run(*problem, needs, torch.float64, backend="torch", **{k: v for k, v in options.items() if k != "save_budget"})
     peer = _run(*problem, needs, dtype, backend="torch", **{k: v for k, v in options.items() if k != "save_budget"})
     ours = _run(*problem, needs, dtype, target.device, backend=target.name, **options)
-    # Beside the yardstick's own largest error: the tiles' order of summation, and one rounding to the dtype.
-    eps = torch.finfo(dtype).eps
+    # Beside the yardstick's own largest error: a few float32 ulp for the tiles' order of summation (as in test_token_logps),
+    # and one rounding to the dtype.
+    tol = max(1e-6, 2 * torch.finfo(dtype).eps)
     for what, a, b, c in zip(("logps", "grad 1", "grad 2", "grad 3"), ours, truth, peer, strict=False):
         spread = torch.full_like(b, (c.double() - b).abs().max().item())
-        assert_no_worse(a, b, b + spread, 2 * eps, what)
+        assert_no_worse(a, b, b + spread, tol, what)
 
 
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
@@ -57,8 +58,8 @@ def test_scale_and_softcap(kernels, needs):
 @pytest.mark.parametrize("needs", [NEEDS["none"], NEEDS["frozen"], NEEDS["all"]], ids=["none", "frozen", "all"])
 def test_any_tile_size(kernels, monkeypatch, tile_bytes, needs):
     """Rows that are no multiple of the tile, slices of the vocabulary, down to tiles of a few numbers."""
-    if kernels.interpreted and tile_bytes < 4096:
-        pytest.skip("thousands of tiles are slow in the interpreter")
+    if kernels.interpreted and tile_bytes < 20000:
+        pytest.skip("hundreds of tiles are slow in the interpreter")
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(tile_bytes))
     _check(kernels, torch.float32, needs, softcap=6.0)
 

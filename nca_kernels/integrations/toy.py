@@ -81,7 +81,6 @@ def teach(model: LlamaForCausalLM, sums: Tensor, *, batch_size: int, target: flo
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.03, total_iters=30)
     losses, recent = [], deque(maxlen=10)
-    model.train()
     bar = tqdm(sums.split(batch_size), desc=f"supervised, to a loss of {target}", disable=not progress)
     for batch in bar:
         tokens, labels = sequences(prompts(batch), answers(batch)[:, None])
@@ -124,7 +123,6 @@ def head_logps(model: LlamaForCausalLM, hidden: Tensor, labels: Tensor, path: st
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, generator: torch.Generator) -> Tensor:
     """K responses a prompt, drawn at temperature 1, [n, K, R]. The prompt is computed once."""
-    model.eval()
     responses = []
     for batch in prompts.split(max(ROWS // K, 1)):
         cache = DynamicCache(config=model.config)
@@ -150,11 +148,14 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def pick(self, *index: Tensor) -> Preferences:
+        """These rows or, with a second index, these responses of them."""
+        return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
+
 
 @torch.no_grad()
 def all_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path: str) -> Tensor:
     """:func:`response_logps` of any number of rows, in batches and without a gradient."""
-    model.eval()
     n = max(ROWS // tokens.shape[1], 1)
     batches = zip(tokens.split(n), labels.split(n), strict=True)
     return torch.cat([response_logps(model, *batch, path) for batch in batches])
