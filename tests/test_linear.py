@@ -10,6 +10,12 @@ import nca_kernels
 NEEDS = {"none": (0, 0, 0), "frozen": (1, 0, 0), "bias": (0, 0, 1), "trained": (1, 1, 0), "head": (0, 1, 1), "all": (1, 1, 1)}
 
 
+@pytest.fixture(autouse=True)
+def _no_interpreter(request):
+    if "kernels" in request.fixturenames and request.getfixturevalue("kernels").interpreted:
+        pytest.skip("minutes of interpreter: the row kernels are those that test_token_logps runs there")
+
+
 def _problem(dtype, M=(3, 41), D=24, V=517):
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(*M, D), 0.4 * torch.randn(V, D), torch.randn(V)
