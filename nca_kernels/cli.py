@@ -31,18 +31,19 @@ def _failed(command: str, reason: str) -> int:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
-        help="align a small Llama by NCA, InfoNCA and DPO; three minutes on two cores",
-        description="Teach a small Llama sums, sample four answers a prompt, reward them, align it by NCA, InfoNCA and DPO. "
-        "Prints a table; writes figure2.png and run.json.",
+        help="align a small Llama by NCA, InfoNCA and DPO, in about two minutes",
+        description="Teach a small Llama sums, sample four answers a prompt, reward them, and align it by NCA, InfoNCA "
+        "and DPO. Prints a table; writes figure2.png and demo.json.",
     )
     demo.add_argument("--path", choices=("linear", "logits"), default="linear", help="log-probs without or with logits")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="the output folder (%(default)s)")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quick", action="store_true", help="a run of seconds that teaches nothing, as a check")
     demo.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
     # Imported when it runs: it loads transformers, and the other commands and --help do without.
-    from .integrations.demo import run_demo
+    from .integrations.demo import QUICK, Size, run_demo
 
-    run_demo(arguments.out, path=arguments.path, seed=arguments.seed)
+    run_demo(arguments.out, path=arguments.path, seed=arguments.seed, size=QUICK if arguments.quick else Size())

@@ -17,9 +17,9 @@ def draw_figure(result: dict, path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharex=True)
     for axes, which in zip(panels, ("chosen", "rejected"), strict=True):
-        for (name, run), color in zip(result["runs"].items(), COLORS, strict=False):
+        for (name, run), color in zip(result["results"].items(), COLORS, strict=False):
             axes.plot(run["curves"]["steps"], run["curves"][which], color=color, label=name, linewidth=1.8)
-        start = next(iter(result["runs"].values()))["curves"][which][0]
+        start = next(iter(result["results"].values()))["curves"][which][0]
         axes.axhline(start, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
         axes.set_title(f"{which} responses", loc="left", fontsize=10)
         axes.set_xlabel("step")
