@@ -216,7 +216,7 @@ def linear_token_logps(
     """
     weight, bias, group = parallel.local_head(weight, bias, tp_group)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_linear(hidden, weight, bias, labels, shift, ignore_index, None, save_budget)
+    _check_linear(hidden, weight, bias, labels, shift, ignore_index, None, save_budget, group)
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, None)
     return _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend)
 
@@ -258,7 +258,7 @@ def linear_sequence_logps(
     """
     weight, bias, group = parallel.local_head(weight, bias, tp_group)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget)
+    _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget, group)
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, cu_seqlens)
     logps = _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend)
     return _over_sequences(logps, labels, ignore_index, average, cu_seqlens)
@@ -273,7 +273,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget) -> None:
+def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget, group) -> None:
     checks.floating("hidden", hidden)
     if hidden.ndim < 2:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, wanted [N, T, D] or [M, D]")
@@ -281,7 +281,8 @@ def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens,
         if value is not None:
             checks.tensor(name, value, (hidden.dtype,), f"a tensor of {hidden.dtype}, the dtype of hidden")
             checks.same_device(name, value, "hidden", hidden)
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+    empty = weight.shape[:1] == (0,) and not group  # a rank without rows is found out where all ranks are
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1")
     if bias is not None:
         checks.shape("bias", bias, (len(weight),), "the rows of weight")
@@ -297,15 +298,15 @@ def _linear_token_logps(
     scale = checks.positive("scale", scale)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
     name = resolve("linear_token_logps", backend, hidden.device, hidden.dtype)
-    vocab_start, vocab_total = parallel.slice_of(len(weight), hidden.device, group) if group else (0, len(weight))
     if name == "torch":
         if group:
             raise ValueError("tp_group: backend 'torch' has no vocabulary-parallel head; wanted None or another backend")
         if not torch.compiler.is_compiling() and ops.labels_are_checked(labels):
-            ops.check_labels(labels, ignore_index, vocab_total)
+            ops.check_labels(labels, ignore_index, len(weight))
         return reference.linear_token_logps(
             hidden, weight, labels, bias=bias, ignore_index=ignore_index, scale=scale, softcap=softcap
         )
+    vocab_start, vocab_total = parallel.slice_of(len(weight), labels, group) if group else (0, len(weight))
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     mode = "none" if not any(needs) else "trained" if any(needs[1:]) else "frozen"
     logps, *_ = torch.ops.nca_kernels.linear_token_logps(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 
 def _group(name: str):
@@ -31,23 +30,39 @@ def local_head(weight: Tensor, bias: Tensor | None, tp_group) -> tuple[Tensor, T
 
     A ``DTensor`` sharded on dim 0 over one mesh dimension names its own group.
     """
-    if not isinstance(weight, DTensor):
+    if not hasattr(weight, "device_mesh"):  # importing DTensor to ask takes most of a second
         return weight, bias, "" if tp_group is None else tp_group.group_name
-    if weight.device_mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise ValueError(
-            f"weight: got a DTensor with placements {tuple(weight.placements)} on a {weight.device_mesh.ndim}-D mesh, wanted "
-            "(Shard(0),) on a 1-D mesh; gather it first (weight.full_tensor()), or pass this rank's rows and tp_group"
+            f"weight: got a DTensor with placements {placements} on a {mesh.ndim}-D mesh, wanted (Shard(0),) on a 1-D mesh; "
+            "pass weight.full_tensor() for the whole head, or this rank's rows and tp_group"
         )
-    if isinstance(bias, DTensor):
+    if hasattr(bias, "device_mesh"):
         bias = bias.to_local()
-    return weight.to_local(), bias, weight.device_mesh.get_group().group_name
+    return weight.to_local(), bias, mesh.get_group().group_name
 
 
-def slice_of(rows: int, device: torch.device, group: str) -> tuple[int, int]:
-    """Where this rank's rows start, and how many rows all ranks have.
+def slice_of(rows: int, labels: Tensor, group: str) -> tuple[int, int]:
+    """Where this rank's ``rows`` of the head start, and how many rows there are on all ranks.
 
-    Asked anew at every call: an answer kept by one rank and not by another would leave the second alone in the collective.
+    Asked at every call: an answer that one rank remembers and another does not would leave the other waiting for ever.
     """
-    rank, sizes = all_gather(torch.tensor([rows], device=device), group)
-    sizes = sizes.flatten().tolist()
+    mine = torch.stack((labels.new_tensor(rows), labels.new_tensor(labels.numel()), _checksum(labels)))
+    rank, everyone = all_gather(mine, group)
+    sizes, *seen = everyone.T.tolist()
+    if min(sizes) < 1:
+        raise ValueError(f"weight: the ranks hold {sizes} rows of the head, wanted at least one each")
+    # A head sharded by FSDP looks like a vocabulary-parallel one, but its ranks hold different tokens.
+    if any(len(set(values)) > 1 for values in seen):
+        raise ValueError(
+            "labels: differ between the ranks of a vocabulary-parallel head, wanted the same hidden and labels on all; "
+            "use a head sharded by FSDP inside its module's forward, where it is whole"
+        )
     return sum(sizes[:rank]), sum(sizes)
+
+
+def _checksum(labels: Tensor) -> Tensor:
+    """A number that labels in another order, or others, hardly share. Whole numbers wrap: the same on every device."""
+    position = torch.arange(labels.numel(), device=labels.device)
+    return (labels.flatten() + 1_000_003 * position).pow(3).sum()
