@@ -114,8 +114,13 @@ def main(rank, ranks, store):
     if ranks > 1:
         refused("labels: differ between the ranks .*FSDP", hidden, share, labels.roll(rank, 1), backend="cpu", **group)
         refused(r"weight: the ranks hold \[0, ", hidden, share[: len(share) * rank], labels, backend="cpu", **group)
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    # Every check has passed. At the interpreter's own exit PyTorch 2.13 now and then ends in std::terminate over gloo's
+    # threads: 5 of 40 runs, each after the process group was destroyed.
+    sys.stdout.flush()
+    os._exit(0)
