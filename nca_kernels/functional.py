@@ -207,7 +207,7 @@ def linear_token_logps(
     Raises:
         As :func:`token_logps`; ``ValueError`` for a ``DTensor`` placement it cannot use.
 
-    Source: ``docs/linear.md``; Chen et al. 2024 (arXiv 2402.05369) for what the log-probs are for.
+    Source: ``docs/math.md``; Chen et al. 2024 (arXiv 2402.05369) for what the log-probs are for.
 
     Example:
         >>> hidden, weight = torch.eye(2).unsqueeze(0), torch.zeros(4, 2)
@@ -250,7 +250,7 @@ def linear_sequence_logps(
     Raises:
         As :func:`linear_token_logps`.
 
-    Source: ``docs/linear.md``.
+    Source: ``docs/math.md``.
 
     Example:
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.zeros(4, 2), torch.tensor([[3, 1, 2]]), shift=1)

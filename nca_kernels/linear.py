@@ -3,7 +3,7 @@
 Scored rows are gathered first, so ignored tokens cost no arithmetic. Then tiles, a block of rows by a slice of the
 vocabulary: PyTorch's GEMM into one reused buffer, and the backend's row kernels on it. The statistics of a slice are
 those of a smaller softmax; :func:`merge` puts them together, be they slices of one head or the ranks' of a
-vocabulary-parallel one. ``docs/linear.md`` derives it; the operators around this file are in :mod:`nca_kernels.ops`.
+vocabulary-parallel one. ``docs/math.md`` derives it; the operators around this file are in :mod:`nca_kernels.ops`.
 
 Shapes: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``, ``stats [3, M]``.
 """

@@ -1,0 +1,89 @@
+"""The one linear layer that computes a model's logits, found by running it, and something else run in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+Compute = Callable[[nn.Linear, Tensor], Tensor]
+
+
+class HeadLayer:
+    """The head of ``core``: while ``replaced()`` is open, calling it runs ``compute(linear, hidden)``, and only once.
+
+    A head may be wrapped (PEFT's copies and adapters, FSDP), so every linear layer inside it is replaced: the one that
+    runs is the head. More than one in a forward (LoRA on the head, several heads) means that it is not one linear map.
+    """
+
+    def __init__(self, core: nn.Module):
+        head = core.get_output_embeddings()
+        self.kind = f"the head of {type(core).__name__}, a {type(head).__module__}.{type(head).__name__},"
+        self.linears = {name: m for name, m in head.named_modules() if _is_plain(m)} if head is not None else {}
+        if not self.linears:
+            raise ValueError(
+                f"model: {self.kind} has no plain nn.Linear to compute it (quantised, replaced, or of another form); wanted "
+                "one linear layer. Use token_logps on the model's logits"
+            )
+        self.begin(_not_begun)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, linear in self.linears.items():
+                place = _place(linear)
+                stack.callback(_restore, linear, place, vars(linear).get(place))
+                setattr(linear, place, self._forward_of(name, linear))
+            yield
+
+    def begin(self, compute: Compute) -> None:
+        """What the next forward of the model computes in place of the head's output."""
+        self._compute, self._ran = compute, []
+
+    def end(self) -> None:
+        """Raises unless the forward since ``begin`` went through the head."""
+        if not self._ran:
+            raise ValueError(
+                f"model: {self.kind} was not called as wanted: none of its linear layers {list(self.linears)} ran in the "
+                "model's forward. Use token_logps on the model's logits"
+            )
+
+    def _forward_of(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            self._ran.append(name)
+            if len(self._ran) > 1:
+                raise ValueError(
+                    f"model: {self.kind} is not one linear map, {self._ran} of its layers ran in one forward. If that is "
+                    "LoRA on the head, leave it out of target_modules, merge the adapter, or use token_logps on the logits"
+                )
+            # Seen here, inside the module's hooks: outside them FSDP2's weight is a DTensor, and plain within.
+            if type(linear.weight) not in (Tensor, nn.Parameter):
+                raise ValueError(
+                    f"model: {self.kind} has a weight of type {type(linear.weight).__name__} in its forward, wanted a plain "
+                    "tensor (neither quantised nor tensor-parallel). Use token_logps on the logits"
+                )
+            return self._compute(linear, input)
+
+        return forward
+
+
+def _not_begun(linear: nn.Linear, hidden: Tensor) -> Tensor:
+    raise RuntimeError("model: its head ran in no forward of the module given for log-probs; wanted a call of that very module")
+
+
+def _place(linear: nn.Linear) -> str:
+    # accelerate puts its device moves into `forward` and calls the layer's own, kept as `_old_forward`, between them.
+    return "_old_forward" if "_old_forward" in vars(linear) else "forward"
+
+
+def _is_plain(module: nn.Module) -> bool:
+    # Quantised and tensor-parallel layers are nn.Linear too, with a forward of their own.
+    return isinstance(module, nn.Linear) and getattr(getattr(module, _place(module)), "__func__", None) is nn.Linear.forward
+
+
+def _restore(linear: nn.Linear, place: str, own: object) -> None:
+    if own is None:
+        delattr(linear, place)
+    else:
+        setattr(linear, place, own)

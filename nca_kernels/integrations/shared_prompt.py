@@ -1,0 +1,144 @@
+"""A prompt computed once for all its responses, which lie side by side in one row (``GroupCollator``, "share_prompt").
+
+Row: the prompt without its last token, then for each response that token and the response. Position ids run on from the
+prompt in each response, and the attention mask is a tree: a token sees the prompt and, of its own response, what is before it.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from .collator import IGNORE_INDEX, GroupCollator
+from .heads import causal_lm, model_logps
+
+Mask = Tensor | BlockMask
+
+_LAYERS = {"full_attention", "sliding_attention"}
+_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, object]:
+    """What the model's forward takes of a batch of any layout; for shared prompts with the tree mask."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    if "branches" in batch:
+        inputs["attention_mask"] = _tree_masks(causal_lm(model), batch["branches"], batch["position_ids"])
+    return inputs
+
+
+def _tree_masks(core: nn.Module, branches: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
+    """One mask, or one for each type of attention layer that the model has."""
+    config = core.config.get_text_config()
+    windows = _windows(config)
+    masks = {
+        kind: tree_mask(branches, positions, window, config._attn_implementation, core.dtype) for kind, window in windows.items()
+    }
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _windows(config: object) -> dict[str, int | None]:
+    """The sliding window of each type of layer. transformers returns a mask that is given as it is, without a window."""
+    sliding = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if sliding else ["full_attention"]))
+    return {kind: sliding if kind == "sliding_attention" else None for kind in kinds}
+
+
+def tree_mask(
+    branches: Tensor,  # [B, T]: 0 at the prompt, k at the k-th response, -1 at padding
+    positions: Tensor,  # [B, T]
+    window: int | None,
+    implementation: str,
+    dtype: torch.dtype,
+) -> Mask:
+    """The mask as that attention takes it: a ``BlockMask``, else ``[B, 1, T, T]``, additive for "eager", bool for "sdpa"."""
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k <= q) & ((branches[b, k] == 0) | (branches[b, k] == branches[b, q]))
+        return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
+
+    B, T = branches.shape
+    if implementation == "flex_attention":
+        return create_block_mask(sees, B, None, T, T, device=branches.device)
+    token = torch.arange(T, device=branches.device)
+    row = torch.arange(B, device=branches.device)[:, None, None, None]
+    mask = sees(row, None, token[:, None], token)
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def refuse_unless_tree(model: nn.Module) -> None:
+    """ValueError for a model that is known not to follow a tree mask and position ids."""
+    core = causal_lm(model)
+    config = core.config.get_text_config()
+    name = type(core).__name__
+    kinds = set(getattr(config, "layer_types", None) or []) - _LAYERS
+    if getattr(core, "_is_stateful", False) or kinds:
+        raise ValueError(
+            f"share_prompt: {name} carries a state from token to token, or attends by a scheme of its own"
+            f"{''.join(f', {kind!r}' for kind in sorted(kinds))}: it would run from one response into the next. Wanted full or "
+            "sliding-window attention"
+        )
+    if "position_ids" not in inspect.signature(core.forward).parameters:
+        raise ValueError(f"share_prompt: {name} takes no position_ids, so responses side by side would lie at wrong distances")
+    if config._attn_implementation not in _ATTENTION:
+        raise ValueError(
+            f"share_prompt: {name} runs attention {config._attn_implementation!r}, which takes no tree mask; wanted "
+            f"attn_implementation one of {', '.join(_ATTENTION)}"
+        )
+
+
+@torch.no_grad()
+def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, backend: str | None = None) -> None:
+    r"""Compares the layout's log-probs on this very model with those of separate rows; for the start of a run.
+
+    Args:
+        model: on its device, in any wrapping that ``model_logps`` takes.
+        rows: of ``tokenize_groups``; the longest of them is compared.
+        collator: the layout to check.
+
+    Raises:
+        ValueError: a model known not to be able, or log-probs that differ, with both numbers.
+    """
+    if collator.layout == "share_prompt":
+        refuse_unless_tree(model)
+    name = type(causal_lm(model)).__name__
+    row = max(rows, key=lambda row: len(row["prompt_ids"]) + max(map(len, row["response_ids"])))
+    separate = GroupCollator(collator.pad_token_id)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        own = _scored_logps(model, separate([row]), backend)
+        first = _scored_logps(model, separate([{**row, "response_ids": row["response_ids"][:1]}]), backend)
+        try:
+            laid_out = _scored_logps(model, collator([row]), backend)
+        except Exception as error:
+            raise ValueError(f"{collator.layout}: {name} fails in this layout, not in separate rows: {error!r}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    # What the model's own rounding makes of another shape of batch says how close is close; more than 0.02 is no rounding.
+    noise = (first - own[: len(first)]).abs().mean().clamp(max=0.02)
+    # Rounding differences of tree and separate rows: 7e-7 (float32) and 0.003 (bfloat16) of a mean log-prob of -8, 24 layers.
+    eps = max(2e-6, torch.finfo(causal_lm(model).dtype).eps / 4)
+    difference = (laid_out - own).abs()
+    tolerance = 4 * noise + eps * (1 + own.abs().mean())
+    if not difference.mean() <= tolerance:
+        i = int(difference.nan_to_num(torch.inf).argmax())
+        raise ValueError(
+            f"{collator.layout}: {name} gives a token the log-prob {laid_out[i]:.6f} in this layout "
+            f"and {own[i]:.6f} in a row of its own (mean difference {difference.mean():.2g}, tolerance {tolerance:.2g}). "
+            "Refused: use separate, padded rows"
+        )
+
+
+def _scored_logps(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> Tensor:
+    """The log-probs of all scored tokens, in the same order in every layout."""
+    device = causal_lm(model).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    inputs = model_inputs(model, batch)
+    logps = model_logps(model, **{"attention_mask": None, **inputs}, labels=batch["labels"], backend=backend)
+    return logps[:, :-1][batch["labels"][:, 1:] != IGNORE_INDEX]
