@@ -10,22 +10,95 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nca-kernels", description=__doc__.split("\n")[0].split(":")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (_add_demo,):
+    for add_command in (_add_train, _add_score, _add_doctor, _add_demo):
         add_command(commands)
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments)
     # What the user can mend. Anything else is a defect: its traceback is wanted, and exits with 1 as well.
     except ModuleNotFoundError as error:
         return _failed(arguments.command, f"{error}; pip install 'nca_kernels[hf]' brings what it needs")
     except OSError as error:
         return _failed(arguments.command, str(error))
-    return 0
 
 
 def _failed(command: str, reason: str) -> int:
     print(f"nca-kernels {command}: {reason}", file=sys.stderr)
     return 1
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        help="align a model with scored responses, as a YAML file says",
+        usage="nca-kernels train CONFIG [--KEY VALUE ...]",
+        description="Align a model with scored responses. The keys are model, data, split, eval_data, eval_split, tokenizer, "
+        "model_init_kwargs, lora, and all of NCAConfig, which has those of transformers.TrainingArguments (docs/guide.md).",
+    )
+    train.add_argument("config", metavar="CONFIG", help="a YAML file of key: value")
+    train.add_argument("overrides", metavar="--KEY VALUE", nargs=argparse.REMAINDER, help="values that win over the file's")
+    train.set_defaults(run=_train, parser=train)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # Imported when it runs, here and below: it loads transformers, and the other commands and --help do without.
+    from .integrations.run_config import UsageError, read_run
+    from .integrations.train import prepare, train
+
+    try:
+        run = read_run(arguments.config, arguments.overrides)
+    except UsageError as error:
+        arguments.parser.error(str(error))
+    try:
+        trainer = prepare(run)
+    except ValueError as error:  # the data, the model, or the two together
+        return _failed("train", str(error))
+    train(trainer)
+    return 0
+
+
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    score = commands.add_parser(
+        "score",
+        help="log-probs and implicit rewards of a JSONL file's responses",
+        description="The log-prob of each response under a model, and, beside a reference model, its implicit reward "
+        "beta * (log p - log p_ref), as JSONL beside the input's columns; in the end how well their order follows the scores.",
+    )
+    score.add_argument("--model", required=True, help="a folder or a name on the hub")
+    score.add_argument("--data", required=True, type=Path, help="a JSONL file, as for train; scores may be missing")
+    score.add_argument("--ref-model", help="the reference model, for the implicit rewards")
+    score.add_argument("--beta", type=float, default=0.1, help="their strength (%(default)s)")
+    score.add_argument("--average", action="store_true", help="average over a response's tokens in place of the sum")
+    score.add_argument("--batch-size", type=int, default=4, help="prompts at a time (%(default)s)")
+    score.add_argument("--out", type=Path, default=Path("scored.jsonl"), help="the file to write (%(default)s)")
+    score.set_defaults(run=_score)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from .integrations.score import score_file
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
+    try:
+        score_file(**options)
+    except ValueError as error:
+        return _failed("score", str(error))
+    return 0
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, what was built, which backend runs where and why, and a check of each against float64",
+        description="What is installed and built, which backend runs where and why each other would not, and a check of every "
+        "backend that runs here against float64. Exit code 1 if one fails it.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    return 0 if examine() else _failed("doctor", "a backend failed the self-check")
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -42,8 +115,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.set_defaults(run=_demo)
 
 
-def _demo(arguments: argparse.Namespace) -> None:
-    # Imported when it runs: it loads transformers, and the other commands and --help do without.
-    from .integrations.demo import QUICK, Size, run_demo
+def _demo(arguments: argparse.Namespace) -> int:
+    from .experiments.demo import QUICK, Size, run_demo
 
     run_demo(arguments.out, path=arguments.path, seed=arguments.seed, size=QUICK if arguments.quick else Size())
+    return 0

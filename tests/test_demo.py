@@ -10,8 +10,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from nca_kernels import cli
-from nca_kernels.integrations import toy
-from nca_kernels.integrations.align import Method, align, choose_responses
+from nca_kernels.experiments import toy
+from nca_kernels.experiments.align import Method, align, choose_responses
 from nca_kernels.losses import LOSSES
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")

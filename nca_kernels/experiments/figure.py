@@ -12,7 +12,7 @@ COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 
 
 def draw_figure(result: dict, path: Path) -> None:
-    """``result`` is what :func:`nca_kernels.integrations.demo.run_demo` returns."""
+    """``result`` is what :func:`nca_kernels.experiments.demo.run_demo` returns."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharex=True)
