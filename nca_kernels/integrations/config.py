@@ -1,0 +1,94 @@
+"""What a run of :class:`~nca_kernels.integrations.trainer.NCATrainer` is told."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .. import checks
+from ..losses import LOSSES
+
+REFERENCES = ("precompute", "model")
+
+
+def _option(default: object, about: str):
+    return field(default=default, metadata={"help": about})
+
+
+@dataclass
+class NCAConfig(TrainingArguments):
+    r"""``transformers.TrainingArguments``, and what K-way alignment adds to them.
+
+    A batch counts prompts: ``per_device_train_batch_size`` prompts with all their responses.
+
+    Args:
+        loss: ``"info_nca"``, ``"nca"``, ``"dpo"``, ``"ipo"`` or ``"kto"`` (:func:`nca_kernels.group_loss`).
+        beta: > 0, the strength of the implicit reward.
+        alpha: >= 0, the temperature of the scores, in their unit; 0: all weight on the best-scored responses.
+        pairs: ``"best_vs_rest"`` or ``"all"``, for ``dpo`` and ``ipo``.
+        num_responses: how many of each prompt's responses are kept, >= 2; ``None`` for all. Kept are a best-scored one, one
+            scored below it, then others at random, drawn by ``seed`` once for the whole run.
+        average: log-probs and reference log-probs are averages over a response's tokens, not sums.
+        share_prompt: compute each prompt once for all its responses (:mod:`~nca_kernels.integrations.shared_prompt`); compared
+            with separate rows on the model itself before the first step.
+        max_length, max_prompt_length: in tokens, for rows not yet tokenized
+            (:func:`~nca_kernels.integrations.tokens.tokenize_groups`).
+        skip_bad_rows: leave out rows that cannot be used, and say which, in place of raising.
+        reference: ``"precompute"``: the reference log-probs are computed once, into a cache on disk that later runs use.
+            ``"model"``: at every step, by the base under PEFT, or by a frozen copy of the model.
+        reference_cache_dir: the folder of that cache; ``None`` for ``$NCA_KERNELS_CACHE``, or ``<output_dir>/reference_cache``.
+        save_budget: bytes of logits tiles that a trained head keeps (:func:`nca_kernels.linear_token_logps`).
+
+    Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
+    steps; ``remove_unused_columns`` false, since a batch is no keyword arguments of the model; ``logging_nan_inf_filter`` false,
+    since it would hide a loss that is NaN, and costs a host sync at every step.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, by name; ``label_smoothing_factor``, which no loss here has.
+
+    Source: Chen et al. 2024 (arXiv 2402.05369).
+
+    Example:
+        >>> NCAConfig(output_dir="out", loss="info_nca", beta=0.3, use_cpu=True).alpha
+        1.0
+    """
+
+    loss: str = _option("nca", "info_nca, nca, dpo, ipo or kto")
+    beta: float = _option(0.1, "strength of the implicit reward, > 0")
+    alpha: float = _option(1.0, "temperature of the scores, >= 0; 0: all weight on the best-scored responses")
+    pairs: str = _option("best_vs_rest", "best_vs_rest or all, for dpo and ipo")
+    num_responses: int | None = _option(None, "responses kept of each prompt, >= 2; None: all")
+    average: bool = _option(False, "average log-probs over a response's tokens")
+    share_prompt: bool = _option(False, "compute each prompt once for all its responses")
+    max_length: int | None = _option(1024, "the most tokens of a prompt with a response; None: no limit")
+    max_prompt_length: int | None = _option(None, "what the prompt keeps at least; None: half of max_length")
+    skip_bad_rows: bool = _option(False, "leave out rows that cannot be used")
+    reference: str = _option("precompute", "precompute: once, into a cache on disk; model: at every step")
+    reference_cache_dir: str | None = _option(None, "folder of the cache; None: $NCA_KERNELS_CACHE or in output_dir")
+    save_budget: int = _option(0, "bytes of logits tiles that a trained head keeps")
+    learning_rate: float = _option(5e-6, "initial learning rate")
+    logging_steps: float = _option(10, "steps between logs; a share of all steps if below 1")
+    remove_unused_columns: bool = _option(False, "must be false: a batch is no keyword arguments of the model")
+    logging_nan_inf_filter: bool = _option(False, "replace a NaN or infinite loss in the log, at a host sync a step")
+
+    def __post_init__(self) -> None:
+        checks.one_of("loss", self.loss, LOSSES)
+        checks.positive("beta", self.beta)
+        checks.non_negative("alpha", self.alpha)
+        checks.one_of("pairs", self.pairs, ("best_vs_rest", "all"))
+        checks.one_of("reference", self.reference, REFERENCES)
+        for name, low in (("num_responses", 2), ("max_length", 4), ("max_prompt_length", 2), ("save_budget", 0)):
+            value = getattr(self, name)
+            if value is None and name != "save_budget":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}: got {value!r}, wanted an int >= {low}")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(f"label_smoothing_factor: got {self.label_smoothing_factor}, wanted 0: these losses have no such term")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: got True, wanted False: it would remove prompts, responses and scores")
+        super().__post_init__()
+        if self.reference_cache_dir is None:
+            self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "reference_cache"))
