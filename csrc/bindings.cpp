@@ -48,6 +48,7 @@ PYBIND11_MODULE(NCA_MODULE, m) {
   // The kernels touch no Python object, so other Python threads may run meanwhile.
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.def("unusable", &nca::NCA_DEVICE::unusable, nogil());
+  m.def("instruction_set", &nca::NCA_DEVICE::instruction_set, nogil());
   m.def("token_logps_fwd", &nca::NCA_DEVICE::token_logps_fwd, nogil());
   m.def("token_logps_bwd", &nca::NCA_DEVICE::token_logps_bwd, nogil());
   m.def("group_loss_fwd", &nca::NCA_DEVICE::group_loss_fwd, nogil());

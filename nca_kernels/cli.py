@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -14,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         add_command(commands)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        return arguments.run(arguments) or 0
     # What the user can mend. Anything else is a defect: its traceback is wanted, and exits with 1 as well.
     except ModuleNotFoundError as error:
         return _failed(arguments.command, f"{error}; pip install 'nca_kernels[hf]' brings what it needs")
@@ -23,8 +24,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _failed(command: str, reason: str) -> int:
-    print(f"nca-kernels {command}: {reason}", file=sys.stderr)
+    print(f"nca-kernels {command}: {' '.join(reason.split())}", file=sys.stderr)
     return 1
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    """An argparse type: a number of this kind, > 0."""
+
+    def positive(text: str) -> float:
+        number = kind(text)
+        if not number > 0:
+            raise argparse.ArgumentTypeError(f"got {text}, wanted a number > 0")
+        return number
+
+    return positive
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -40,7 +53,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.set_defaults(run=_train, parser=train)
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace) -> int | None:
     # Imported when it runs, here and below: it loads transformers, and the other commands and --help do without.
     from .integrations.run_config import UsageError, read_run
     from .integrations.train import prepare, train
@@ -54,7 +67,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except ValueError as error:  # the data, the model, or the two together
         return _failed("train", str(error))
     train(trainer)
-    return 0
+    return None
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:
@@ -67,14 +80,14 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     score.add_argument("--model", required=True, help="a folder or a name on the hub")
     score.add_argument("--data", required=True, type=Path, help="a JSONL file, as for train; scores may be missing")
     score.add_argument("--ref-model", help="the reference model, for the implicit rewards")
-    score.add_argument("--beta", type=float, default=0.1, help="their strength (%(default)s)")
+    score.add_argument("--beta", type=_positive(float), default=0.1, help="their strength (%(default)s)")
     score.add_argument("--average", action="store_true", help="average over a response's tokens in place of the sum")
-    score.add_argument("--batch-size", type=int, default=4, help="prompts at a time (%(default)s)")
+    score.add_argument("--batch-size", type=_positive(int), default=4, help="prompts at a time (%(default)s)")
     score.add_argument("--out", type=Path, default=Path("scored.jsonl"), help="the file to write (%(default)s)")
     score.set_defaults(run=_score)
 
 
-def _score(arguments: argparse.Namespace) -> int:
+def _score(arguments: argparse.Namespace) -> int | None:
     from .integrations.score import score_file
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
@@ -82,7 +95,7 @@ def _score(arguments: argparse.Namespace) -> int:
         score_file(**options)
     except ValueError as error:
         return _failed("score", str(error))
-    return 0
+    return None
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -95,10 +108,10 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor.set_defaults(run=_doctor)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int | None:
     from .doctor import examine
 
-    return 0 if examine() else _failed("doctor", "a backend failed the self-check")
+    return None if examine() else _failed("doctor", "a backend failed the self-check")
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -115,8 +128,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.set_defaults(run=_demo)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace) -> None:
     from .experiments.demo import QUICK, Size, run_demo
 
     run_demo(arguments.out, path=arguments.path, seed=arguments.seed, size=QUICK if arguments.quick else Size())
-    return 0

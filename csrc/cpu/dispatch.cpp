@@ -103,6 +103,8 @@ void ask_for_huge_pages(const TokenLogps& p) {
 
 const char* unusable() { return nullptr; }
 
+const char* instruction_set() { return isa().name; }
+
 std::int64_t token_logps_fwd(const TokenLogps& p, const Launch& launch) {
   const std::int64_t bad_row = first_bad_row(p);
   if (bad_row < 0) isa().fwd(p, launch);

@@ -3,6 +3,9 @@
 
 #include "nca.h"
 
+#define NCA_SPELLED(...) #__VA_ARGS__
+#define NCA_TEXT(...) NCA_SPELLED(__VA_ARGS__)
+
 namespace nca {
 namespace cuda {
 
@@ -11,6 +14,8 @@ const char* unusable() {
   const cudaError_t status = cudaGetDeviceCount(&devices);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
+
+const char* instruction_set() { return NCA_TEXT(__CUDA_ARCH_LIST__); }
 
 }  // namespace cuda
 }  // namespace nca

@@ -57,6 +57,10 @@ class NativeBackend:
             reasons.append(f"has no kernel for the loss {loss!r}")
         return reasons
 
+    def description(self) -> str:
+        """Which machine code it is, or why it does not load, for the user to read."""
+        return self._import_error or f"built for {self._module.instruction_set()}"
+
     def _launch(self, tensor: Tensor):
         if tensor.is_cuda:
             stream = torch.cuda.current_stream(tensor.device).cuda_stream

@@ -1,0 +1,156 @@
+"""What ``nca-kernels train`` is told: a YAML file, and the command line's ``--key value``, which win over it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypedDict, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from .config import NCAConfig
+
+
+class UsageError(Exception):
+    """A key or value that the user gave; the message says which, where it stood and what was wanted."""
+
+
+@dataclass
+class Sources:
+    """What a run takes, and from where.
+
+    Args:
+        model: a folder or a name on the hub.
+        data: what :func:`~nca_kernels.integrations.data.load_groups` takes; ``split`` of a folder or a hub name.
+        eval_data: the same, to evaluate on at the end and by ``eval_strategy``; ``eval_split`` of it.
+        tokenizer: a folder or a name on the hub; ``None`` for the model's own.
+        model_init_kwargs: keywords of ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision``, ...).
+        lora: keywords of ``peft.LoraConfig``; ``None`` to train the whole model.
+    """
+
+    model: str
+    data: str
+    split: str = "train"
+    eval_data: str | None = None
+    eval_split: str = "test"
+    tokenizer: str | None = None
+    model_init_kwargs: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+
+
+class Run(NamedTuple):
+    """``given`` names the keys that the user set: a default may depend on the data, what was set may not."""
+
+    sources: Sources
+    config: NCAConfig
+    given: frozenset[str]
+
+
+class _Given(NamedTuple):
+    value: object  # as YAML reads it
+    where: str
+    text: str | None = None  # as it was written, on the command line
+
+
+def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
+    r"""The run that a YAML file and ``--key value`` or ``--key=value`` words describe.
+
+    The keys are those of :class:`Sources` and of :class:`~nca_kernels.integrations.config.NCAConfig`. Values on the command
+    line are written as in YAML; what is no value of the wanted type that way is taken as the text it is.
+
+    Raises:
+        UsageError: an unknown key, with the nearest known one; a value of a wrong type or out of range; a missing key.
+        OSError: the file cannot be read.
+    """
+    given = {**_from_file(path), **_from_words(overrides)}
+    # Wider than in transformers, whose Trainer.train takes `true` for the last checkpoint.
+    hints = {**_hints(Sources), **_hints(NCAConfig), "resume_from_checkpoint": str | bool | None}
+    values = _checked(given, hints)
+    for key in ("model", "data"):
+        if key not in values:
+            raise UsageError(f"{path}: no {key}; wanted it there, or as --{key} on the command line")
+    sources = Sources(**{key: value for key, value in values.items() if key in _hints(Sources)})
+    if sources.lora is not None:
+        sources.lora = _checked_lora(sources.lora, given["lora"].where)
+    try:
+        config = NCAConfig(**{key: value for key, value in values.items() if key in _hints(NCAConfig)})
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    return Run(sources, config, frozenset(given))
+
+
+def _from_file(path: str | os.PathLike) -> dict[str, _Given]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: got {type(values).__name__}, wanted lines of key: value")
+    return {str(key): _Given(value, str(path)) for key, value in values.items()}
+
+
+def _from_words(words: list[str]) -> dict[str, _Given]:
+    given = {}
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("--"):
+            raise UsageError(f"command line: got {word!r}, wanted --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = next(remaining, "--")
+            if text.startswith("--"):
+                raise UsageError(f"command line: --{key} has no value, wanted --{key} value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        given[key.replace("-", "_")] = _Given(value, "command line", text)
+    return given
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind) if field.init}
+
+
+def _checked(given: dict[str, _Given], hints: dict[str, Any]) -> dict[str, Any]:
+    for key, (_, where, _) in given.items():
+        if key not in hints:
+            (nearest,) = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+            raise UsageError(f"{where}: unknown key {key!r}; the nearest known one is {nearest!r}")
+    return {key: _typed(key, each, hints[key]) for key, each in given.items()}
+
+
+def _typed(key: str, given: _Given, hint: Any) -> object:
+    """The first reading of what was given that is of the wanted type."""
+    readings = [given.value]
+    if given.text is not None:
+        readings.append(given.text)
+    if isinstance(given.value, (int, str)) and not isinstance(given.value, bool):
+        # Where a float is wanted, 1 is one, and so is 5e-6, which YAML 1.1 reads as text for want of a dot.
+        readings += _float(given.value)
+    for reading in readings:
+        try:
+            validate_typed_dict(TypedDict("Wanted", {key: hint}), {key: reading})
+        except StrictDataclassFieldValidationError:
+            continue
+        return reading
+    wanted = hint.__name__ if isinstance(hint, type) else hint
+    raise UsageError(f"{given.where}: {key}: got {given.value!r} ({type(given.value).__name__}), wanted {wanted}")
+
+
+def _float(value: int | str) -> list[float]:
+    try:
+        return [float(value)]
+    except ValueError:
+        return []
+
+
+def _checked_lora(lora: dict[str, Any], where: str) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    return _checked({key: _Given(value, f"{where}: lora") for key, value in lora.items()}, _hints(LoraConfig))
