@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import parallel
+from . import memory, parallel
 from .tiles import ALIGNED, ProductSum, product, split, tile_shape
 
 
@@ -181,7 +181,7 @@ class Tiling:
         self.blocks = split(M, rows)
         self.slices = split(stored, columns, ALIGNED)
         self.slices += [slice(stored + s.start, stored + s.stop) for s in split(V - stored, columns, ALIGNED)]
-        self.buffer = hidden.new_empty(rows * columns)
+        self.buffer = memory.empty((rows * columns,), hidden.dtype, hidden.device)
 
     def tile(self, block: slice, columns: slice) -> Tensor:
         shape = (block.stop - block.start, columns.stop - columns.start)
@@ -254,10 +254,12 @@ def backward(
     stats = gather(stats, rows, dim=1)
     tiling = Tiling(head, x, kept, frozen=False)
     blocks = tiling.blocks
-    create = torch.empty if blocks else torch.zeros  # with no scored row there is no product to write them
     dx = torch.empty_like(x, dtype=torch.float32 if group else x.dtype) if needs[0] else x.new_empty(0)
-    dweight = create(head.weight.shape if needs[1] else 0, dtype=x.dtype, device=x.device)
-    dbias = create(len(head.weight) if needs[2] else 0, dtype=x.dtype, device=x.device)
+    dweight = memory.empty(head.weight.shape if needs[1] else (0,), x.dtype, x.device)
+    dbias = x.new_empty(len(head.weight) if needs[2] else 0)
+    if not blocks:  # no scored row, so no product to write them
+        dweight.zero_()
+        dbias.zero_()
     dx_sums = [ProductSum(dx[block], len(tiling.slices)) for block in blocks] if needs[0] else []
     ones = x.new_ones((1, len(x)))
     for columns in tiling.slices:

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import linear
+from . import linear, memory
 from .backends import BACKENDS
 
 LIBRARY = torch.library.Library("nca_kernels", "DEF")
@@ -96,7 +96,7 @@ def _token_logps_fake(logits, labels, ignore_index, scale, softcap, inplace_back
     "float? softcap, str backend) -> Tensor dlogits"
 )
 def token_logps_bwd(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = memory.empty(logits.shape, logits.dtype, logits.device)
     _token_logps_bwd(dlogps, logits, labels, stats, dlogits, ignore_index, scale, softcap, backend)
     return dlogits
 
@@ -179,7 +179,7 @@ def linear_token_logps(
     if labels_are_checked(labels):
         check_labels(labels, ignore_index, vocab_total)
     head = _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend)
-    kept = hidden.new_empty(_kept_elements(hidden, weight, save_budget, mode))
+    kept = memory.empty((_kept_elements(hidden, weight, save_budget, mode),), hidden.dtype, hidden.device)
     return *linear.forward(head, hidden, labels, kept, mode == "frozen", group), kept
 
 

@@ -86,6 +86,7 @@ LAYERS = [
     "ops",
     "linear",
     "tiles",
+    "memory",
     "parallel",
     "dispatch",
     "backends",

@@ -4,9 +4,6 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "nca.h"
 
@@ -84,21 +81,6 @@ std::int64_t first_bad_row(const TokenLogps& p) {
   return -1;
 }
 
-// A large gradient is memory never touched: with a page fault for each 4 KiB, backward takes 3.5 times as long.
-void ask_for_huge_pages(const TokenLogps& p) {
-#ifdef __linux__
-  constexpr std::uintptr_t kHugePage = 2 << 20;
-  const bool dense = p.dstride_t == p.V && p.dstride_n == p.T * p.V;
-  if (p.dlogits == p.logits || !dense) return;
-  const std::uintptr_t bytes = p.N * p.T * p.V * (p.dtype == kFloat32 ? 4 : 2);
-  const auto begin = reinterpret_cast<std::uintptr_t>(p.dlogits);
-  const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const std::uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  // Only a hint: where it fails, nothing is lost but time.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 const char* unusable() { return nullptr; }
@@ -113,9 +95,7 @@ std::int64_t token_logps_fwd(const TokenLogps& p, const Launch& launch) {
 
 std::int64_t token_logps_bwd(const TokenLogps& p, const Launch& launch) {
   const std::int64_t bad_row = first_bad_row(p);
-  if (bad_row >= 0) return bad_row;
-  ask_for_huge_pages(p);
-  isa().bwd(p, launch);
+  if (bad_row < 0) isa().bwd(p, launch);
   return bad_row;
 }
 
