@@ -56,12 +56,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 def _train(arguments: argparse.Namespace) -> int | None:
     # Imported when it runs, here and below: it loads transformers, and the other commands and --help do without.
     from .integrations.run_config import UsageError, read_run
-    from .integrations.train import prepare, train
 
     try:
         run = read_run(arguments.config, arguments.overrides)
     except UsageError as error:
         arguments.parser.error(str(error))
+    from .integrations.train import prepare, train
+
     try:
         trainer = prepare(run)
     except ValueError as error:  # the data, the model, or the two together

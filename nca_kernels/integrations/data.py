@@ -51,7 +51,9 @@ class _BadRow(Exception):
         super().__init__(problem if column is None else f"column {column}: {problem}")
 
 
-def load_groups(source: str | os.PathLike | Dataset, *, split: str = "train", skip_bad_rows: bool = False) -> Groups:
+def load_groups(
+    source: str | os.PathLike | Dataset, *, split: str = "train", skip_bad_rows: bool = False, scores_required: bool = True
+) -> Groups:
     r"""Reward or preference data in any of its layouts, checked row by row.
 
     Args:
@@ -66,6 +68,7 @@ def load_groups(source: str | os.PathLike | Dataset, *, split: str = "train", sk
             conversation: its last message is the response, those before it the prompt.
         split: of a hub name or a folder.
         skip_bad_rows: leave bad rows out, and say which, in place of raising.
+        scores_required: false takes responses without scores, too; the row's ``scores`` are then null.
 
     Raises:
         ValueError: a row that cannot be used, by file, row (counted from 1) and column; a source without usable rows.
@@ -73,7 +76,13 @@ def load_groups(source: str | os.PathLike | Dataset, *, split: str = "train", sk
     """
     name, raw = _open(source, split)
     # A pure function of the row, so that datasets' cache serves later runs and the other processes of this one.
-    rows = raw.map(_checked, remove_columns=raw.column_names, features=_FEATURES, desc="Checking rows")
+    rows = raw.map(
+        _checked,
+        fn_kwargs={"scores_required": scores_required},
+        remove_columns=raw.column_names,
+        features=_FEATURES,
+        desc="Checking rows",
+    )
     problems = {i: problem for i, problem in enumerate(rows["problem"], start=1) if problem is not None}
     kinds = list(rows["kind"])
     kind = next((kind for kind in kinds if kind is not None), None)
@@ -111,7 +120,7 @@ def _open(source: str | os.PathLike | Dataset, split: str) -> tuple[str, Dataset
     return name, load_dataset("text", data_files=name, split="train").rename_column("text", "\n")
 
 
-def _checked(row: dict) -> dict:
+def _checked(row: dict, scores_required: bool) -> dict:
     """The row in the one layout; in place of it what is wrong; neither, for an empty line."""
     nothing = dict.fromkeys(_FEATURES)
     try:
@@ -119,7 +128,7 @@ def _checked(row: dict) -> dict:
             if not row["\n"].strip():
                 return nothing
             row = _parsed(row["\n"])
-        return {**nothing, **_group(row)}
+        return {**nothing, **_group(row, scores_required)}
     except _BadRow as error:
         return {**nothing, "problem": str(error)}
 
@@ -134,10 +143,11 @@ def _parsed(line: str) -> dict:
     return row
 
 
-def _group(row: dict) -> dict:
+def _group(row: dict, scores_required: bool) -> dict:
     preference = False
     if row.get("responses") is not None:
-        responses, scores = (_numbered(row, column) for column in ("responses", "scores"))
+        responses = _numbered(row, "responses")
+        scores = _numbered(row, "scores") if scores_required or row.get("scores") is not None else None
     elif row.get("chosen") is not None or row.get("rejected") is not None:
         responses = {column: row.get(column) for column in ("chosen", "rejected")}
         scores = {"chosen": 1.0, "rejected": 0.0}
@@ -146,19 +156,22 @@ def _group(row: dict) -> dict:
         given = [c for c in sorted(answers, key=lambda c: int(c[1:])) if not row[c] is row.get(f"score_{c}") is None]
         responses = {c: row[c] for c in given}
         scores = {f"score_{c}": row.get(f"score_{c}") for c in given}
+        if not scores_required and set(scores.values()) == {None}:
+            scores = None
     else:
         raise _BadRow(", ".join(c for c in row if row[c] is not None), f"unknown layout; wanted {LAYOUTS}")
     if not responses:
         raise _BadRow("responses" if "responses" in row else ", ".join(answers), "no responses")
-    if len(scores) != len(responses):
+    if scores is not None and len(scores) != len(responses):
         raise _BadRow("scores", f"got {len(scores)} scores for {len(responses)} responses")
-    for column, score in scores.items():
+    for column, score in (scores or {}).items():
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= _FLOAT32_MAX:
             raise _BadRow(column, f"got {score!r}, wanted a finite number")
     prompt, responses = _texts_or_messages(row.get("prompt"), responses)
     kind = "text" if isinstance(prompt, str) else "chat"
     content = {f"{kind}_prompt": prompt, f"{kind}_responses": responses}
-    return {"kind": kind, **content, "scores": list(scores.values()), "preference": preference}
+    scores = None if scores is None else list(scores.values())
+    return {"kind": kind, **content, "scores": scores, "preference": preference}
 
 
 def _numbered(row: dict, column: str) -> dict[str, object]:

@@ -1,0 +1,120 @@
+"""``nca-kernels train``: a run from its configuration to a saved model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import datasets
+import torch
+from transformers import set_seed
+
+from ..dispatch import resolve
+from .config import NCAConfig
+from .data import Groups, load_groups
+from .pretrained import load_model, load_tokenizer
+from .run_config import Run
+from .trainer import NCATrainer
+
+
+def prepare(run: Run) -> NCATrainer:
+    r"""The trainer of a run, after printing what will run.
+
+    Preference data (``chosen`` and ``rejected``) says which response is better, not by how much: there ``alpha`` is 0 unless
+    the run sets it. A model that is trained whole is loaded in float32 unless ``model_init_kwargs`` says otherwise, since
+    bfloat16 weights round small updates away; ``bf16: true`` then computes in bfloat16.
+
+    Raises:
+        ValueError, OSError: data that cannot be used, by file, row and column; a model or tokenizer that does not load or
+            does not suit them.
+    """
+    sources, config, given = run
+    say = _speaker(config)
+    set_seed(config.seed)
+    with config.main_process_first(desc="data"):
+        train = load_groups(sources.data, split=sources.split, skip_bad_rows=config.skip_bad_rows)
+        heldout = None
+        if sources.eval_data is not None:
+            heldout = load_groups(sources.eval_data, split=sources.eval_split, skip_bad_rows=config.skip_bad_rows)
+    if train.preference and "alpha" not in given:
+        config.alpha = 0.0
+    tokenizer = load_tokenizer(sources.tokenizer or sources.model)
+    dtype = {} if sources.lora else {"dtype": torch.float32}
+    model = load_model(sources.model, **{**dtype, **(sources.model_init_kwargs or {})})
+    total = sum(p.numel() for p in model.parameters())
+    say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
+    say(f"data     {sources.data}: {_described(train)}")
+    if heldout is not None:
+        say(f"eval     {sources.eval_data}: {_described(heldout)}")
+    say(f"loss     {_loss(config, train.preference)}")
+    say(f"batch    {_batch(config)}")
+    say(f"kernels  {_kernels(config, model.dtype)}")
+    trainer = NCATrainer(
+        model,
+        config,
+        train.rows,
+        None if heldout is None else heldout.rows,
+        processing_class=tokenizer,
+        peft_config=_lora(sources.lora),
+    )
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")
+    return trainer
+
+
+def train(trainer: NCATrainer) -> None:
+    """Train, save model and metrics, and evaluate where there is something to evaluate on."""
+    config = trainer.args
+    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    _speaker(config)(f"saved    {config.output_dir}")
+
+
+def _speaker(config: NCAConfig) -> Callable[[str], None]:
+    """Prints on the first process alone; the others' bars and warnings, which only repeat its own, are turned off."""
+    if config.process_index == 0:
+        return print
+    datasets.disable_progress_bars()
+    logging.getLogger("nca_kernels").setLevel(logging.ERROR)
+    return lambda line: None
+
+
+def _lora(keywords: dict | None):
+    if keywords is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **keywords})
+
+
+def _described(groups: Groups) -> str:
+    counts = [len(scores) for scores in groups.rows["scores"]]
+    low, high = min(counts), max(counts)
+    K = f"K = {low}" if low == high else f"K = {low} to {high}"
+    skipped = f"; {len(groups.skipped)} bad rows skipped" if groups.skipped else ""
+    return f"{len(counts)} prompts, {sum(counts)} responses, {K}{skipped}"
+
+
+def _loss(config: NCAConfig, preference: bool) -> str:
+    about = f"{config.loss}, beta {config.beta:g}"
+    if config.loss in ("nca", "info_nca"):
+        about += f", alpha {config.alpha:g}" + (" (chosen and rejected: a preference)" if preference else "")
+    if config.num_responses is not None:
+        about += f", at most {config.num_responses} responses of a prompt"
+    return about
+
+
+def _batch(config: NCAConfig) -> str:
+    sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size)
+    return f"{sizes[0] * sizes[1] * sizes[2]} prompts: {sizes[0]} at a time, {sizes[1]} times, on {sizes[2]} processes"
+
+
+def _kernels(config: NCAConfig, dtype: torch.dtype) -> str:
+    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
+    linear = resolve("linear_token_logps", None, config.device, dtype)
+    group = resolve("group_loss", None, config.device, torch.float32)
+    return f"linear_token_logps {linear}, group_loss {group}, on {config.device} (nca-kernels doctor says why)"

@@ -1,0 +1,271 @@
+"""The command line: what it reads, what it refuses and how it exits; ``train`` is run by tests/test_guide.py."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nca_kernels import cli, selfcheck
+from nca_kernels.backends import native
+from nca_kernels.integrations.run_config import read_run
+
+pytestmark = pytest.mark.usefixtures("default_dispatch")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models of the same shape that differ."""
+    folders = [str(tmp_path_factory.mktemp(name)) for name in ("model", "reference")]
+    for seed, folder in enumerate(folders):
+        save_tiny_model(folder, seed)
+    return folders
+
+
+def exits(arguments):
+    """The exit code, however it comes."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+# --- the configuration of a run ----------------------------------------------------------------------------------------
+
+CONFIG = {"model": "some/model", "data": "train.jsonl", "use_cpu": True, "beta": 0.3}
+
+
+def config(**values):
+    with open("run.yaml", "w") as file:
+        yaml.safe_dump({**CONFIG, **values}, file)
+    return "run.yaml"
+
+
+def test_the_command_line_wins_over_the_file():
+    run = read_run(config(loss="dpo", lora={"r": 8}), ["--beta", "0.5", "--learning-rate=1e-4", "--tokenizer", "other"])
+    assert (run.config.loss, run.config.beta, run.config.learning_rate) == ("dpo", 0.5, 1e-4)
+    assert (run.sources.model, run.sources.tokenizer, run.sources.lora) == ("some/model", "other", {"r": 8})
+    assert {"beta", "loss"} <= run.given and "alpha" not in run.given
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("true", "average", True),
+        ("no", "bf16", False),
+        ("null", "max_length", None),
+        ("[wandb, tensorboard]", "report_to", ["wandb", "tensorboard"]),
+        ("{min_lr: 1.0e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+        ("5e-6", "learning_rate", 5e-6),  # YAML 1.1 wants a dot, people do not
+        ("2", "beta", 2.0),
+        ("7", "run_name", "7"),
+        ("a: b: c", "run_name", "a: b: c"),
+        ("-1", "max_steps", -1),
+        ("true", "resume_from_checkpoint", True),
+        ("out/checkpoint-5", "resume_from_checkpoint", "out/checkpoint-5"),
+    ],
+)
+def test_values_on_the_command_line(text, key, value):
+    got = getattr(read_run(config(), [f"--{key}", text]).config, key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("5e-6", 5e-6), ("1", 1.0), ("0.1", 0.1)])
+def test_numbers_in_the_file(text, value):
+    with open("run.yaml", "w") as file:
+        file.write(f"model: m\ndata: d\nuse_cpu: true\nlearning_rate: {text}\n")
+    assert read_run("run.yaml", []).config.learning_rate == value
+
+
+USAGE = {
+    "unknown in the file": ({"betta": 1}, [], "run.yaml: unknown key 'betta'; the nearest known one is 'beta'"),
+    "unknown on the line": ({}, ["--los", "nca"], "command line: unknown key 'los'; the nearest known one is 'loss'"),
+    "unknown of lora": ({"lora": {"ranks": 8}}, [], "run.yaml: lora: unknown key 'ranks'; the nearest known one is 'rank"),
+    "text for a number": ({"beta": "high"}, [], "run.yaml: beta: got 'high' (str), wanted float"),
+    "truth for a number": ({}, ["--beta", "true"], "command line: beta: got True (bool), wanted float"),
+    "number for truth": ({}, ["--bf16", "1"], "command line: bf16: got 1 (int), wanted bool"),
+    "fraction for a count": ({}, ["--num_responses", "2.5"], "command line: num_responses: got 2.5 (float), wanted int | None"),
+    "number for a name": ({"model": 7}, [], "run.yaml: model: got 7 (int), wanted str"),
+    "type in lora": ({"lora": {"r": "8"}}, [], "run.yaml: lora: r: got '8' (str), wanted int"),
+    "out of range": ({}, ["--alpha", "-1"], "alpha: got -1"),
+    "unknown loss": ({}, ["--loss", "ppo"], "loss: got 'ppo', wanted one of 'info_nca', 'nca'"),
+    "unknown choice of transformers": ({"optim": "sdg"}, [], "sdg is not a valid OptimizerNames"),
+    "no value": ({}, ["--bf16"], "command line: --bf16 has no value, wanted --bf16 value"),
+    "no value before a key": ({}, ["--bf16", "--beta", "1"], "command line: --bf16 has no value"),
+    "no key": ({}, ["beta", "1"], "command line: got 'beta', wanted --key value"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_usage_errors_name_key_place_and_what_was_wanted(case, capsys):
+    values, words, message = USAGE[case]
+    assert exits(["train", config(**values), *words]) == 2
+    assert f"nca-kernels train: error: {message}" in capsys.readouterr().err
+
+
+def test_a_config_that_is_none(capsys):
+    for text, message in (
+        ("model: [", "run.yaml: not YAML: while parsing"),
+        ("", "run.yaml: got NoneType, wanted lines of key: value"),
+        ("model: m", "run.yaml: no data; wanted it there, or as --data on the command line"),
+    ):
+        with open("run.yaml", "w") as file:
+            file.write(text)
+        assert exits(["train", "run.yaml"]) == 2
+        assert message in capsys.readouterr().err
+    assert exits(["train", "gone.yaml"]) == 1
+    assert "gone.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["score", "--model", "m"], ["score", "--model", "m", "--data", "d.jsonl", "--beta", "0"], ["doctor", "--fast"]],
+)
+def test_usage_of_the_commands(arguments, capsys):
+    assert exits(arguments) == 2
+    assert "usage: nca-kernels" in capsys.readouterr().err
+
+
+# --- score -------------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"id": "a", "prompt": "2 + 2 =", "responses": [" 4", " five", " 6!"], "scores": [1.0, 0.0, 0.5]},
+    {"prompt": "2 + 3 =", "responses": [" 5", " 6"], "scores": [1, 1]},
+    {"prompt": "é \u2028", "responses": [" yes"]},
+    {"prompt": "best?", "chosen": " this", "rejected": " that one"},
+]
+
+
+def write(*rows, path="data.jsonl"):
+    with open(path, "w") as file:
+        file.write("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
+    return path
+
+
+def true_logps(folder, prompt, response):
+    """Of each token of the response and the end of sequence, in float64, from the logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([[*tokenizer(prompt + response)["input_ids"], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        logps = model(ids).logits.log_softmax(-1)
+    return logps[0, start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0]
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_scores_of_a_file(models, average, capsys):
+    flags = ["--average"] if average else []
+    assert cli.main(["score", "--model", models[0], "--ref-model", models[1], "--data", write(*ROWS), "--beta", "0.5", *flags]) == 0
+    with open("scored.jsonl") as file:
+        scored = [json.loads(line) for line in file]
+    right = pairs = 0
+    for row, given in zip(scored, ROWS, strict=True):
+        assert {key: row[key] for key in given} == given and set(row) - set(given) == {"logps", "ref_logps", "rewards"}
+        responses = given.get("responses") or [given["chosen"], given["rejected"]]
+        true = [[true_logps(folder, row["prompt"], text) for text in responses] for folder in models]
+        own, ref = ([(t.mean() if average else t.sum()).item() for t in each] for each in true)
+        rewards = [0.5 * (a - b) for a, b in zip(own, ref, strict=True)]
+        for name, truth in (("logps", own), ("ref_logps", ref), ("rewards", rewards)):
+            assert row[name] == pytest.approx(truth, rel=1e-5, abs=1e-5)
+        scores = given.get("scores") or [1, 0][: len(responses)] * (len(responses) == 2)
+        ordered = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+        right += sum(rewards[i] > rewards[j] for i, j in ordered)
+        pairs += len(ordered)
+    assert pairs == 4
+    assert f"{right / pairs:.1%} of 4 pairs of different scores are in that order by rewards" in capsys.readouterr().out
+
+
+def test_scores_without_a_reference_or_scores(models, capsys):
+    assert cli.main(["score", "--model", models[0], "--data", write(ROWS[2], ROWS[2]), "--out", "a/b.jsonl"]) == 0
+    with open("a/b.jsonl") as file:
+        assert [set(json.loads(line)) for line in file] == [{"prompt", "responses", "logps"}] * 2
+    assert "pairs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./gone", "--data", "data.jsonl"], "tokenizer: './gone' is no folder or hub name that loads"),
+        (["--model", "{model}", "--data", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["--model", "{model}", "--data", "bad.jsonl"], "bad.jsonl: row 3, column responses[1]: empty text"),
+        (["--model", "{model}", "--data", "data.parquet"], "data: got data.parquet, wanted a .jsonl file"),
+        (["--model", "{model}", "--data", "data.jsonl", "--out", "data.jsonl/x"], "data.jsonl"),
+    ],
+)
+def test_failed_scores_say_why_in_one_line(models, arguments, message, capsys):
+    write(*ROWS)
+    write(ROWS[0], {**ROWS[1], "responses": [" 5", " "]}, path="bad.jsonl")
+    assert cli.main(["score", *(word.format(model=models[0]) for word in arguments)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nca-kernels score: ")]
+    assert message in line
+
+
+# --- doctor ------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['datasets'] = None\n"
+        "from nca_kernels.cli import main; sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"torch         {torch.__version__}" in done.stdout
+    assert "nca_kernels._cpu   built for " in done.stdout
+    checks = done.stdout.split("Self-check")[1].splitlines()[1:]
+    assert {tuple(line.split()[:3]) for line in checks} >= {
+        (op, "cpu", backend) for op in ("token_logps", "linear_token_logps", "group_loss") for backend in ("cpu", "torch")
+    }
+    assert all(line.split()[4] == "ok" for line in checks)
+
+
+def outcomes():
+    return {(each.op, each.backend, each.dtype): each for each in selfcheck.run([torch.device("cpu")])}
+
+
+def test_the_self_check_finds_a_wrong_value_a_wrong_gradient_and_a_crash(monkeypatch, capsys):
+    forward, backward, loss = native.cpu.token_logps_fwd, native.cpu.token_logps_bwd, native.cpu.group_loss_fwd
+    assert all(each.passed for each in outcomes().values())
+
+    def wrong_value(logits, labels, logps, stats, **settings):
+        forward(logits, labels, logps, stats, **settings)
+        logps[..., 0] += 0.01
+
+    def wrong_gradient(dlogps, logits, labels, stats, dlogits, **settings):
+        backward(dlogps, logits, labels, stats, dlogits, **settings)
+        dlogits[..., -1] = 0
+
+    def crash(*args, **settings):
+        raise RuntimeError("no such instruction")
+
+    for name, original, broken in (
+        ("token_logps_fwd", forward, wrong_value),
+        ("token_logps_bwd", backward, wrong_gradient),
+        ("group_loss_fwd", loss, crash),
+    ):
+        monkeypatch.setattr(native.cpu, name, broken)
+        found = outcomes()
+        op = name.removesuffix("_fwd").removesuffix("_bwd")
+        failed = found[op, "cpu", torch.float32]
+        assert not failed.passed and found[op, "torch", torch.float32].passed
+        assert failed.errors is None if broken is crash else max(failed.errors) > 1e-4
+        monkeypatch.setattr(native.cpu, name, original)
+
+    monkeypatch.setattr(native.cpu, "group_loss_fwd", crash)
+    assert cli.main(["doctor"]) == 1
+    printed = capsys.readouterr()
+    assert "failed  RuntimeError: no such instruction" in printed.out and "doctor: a backend failed" in printed.err
