@@ -14,7 +14,7 @@ import torch
 from . import schema
 from .measure import Budget, measure
 
-SUITES = ("logps", "group", "linear")
+SUITES = ("logps", "group", "linear", "step")
 RESULTS = Path(__file__).parent / "results"
 SECONDS = {"cpu": 30.0, "cuda": 1.5}  # for each problem
 

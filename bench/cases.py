@@ -42,13 +42,13 @@ class Problem:
     """One case at one pass: inputs, truth, and the least amount of work that answers it."""
 
     case: str
-    pass_name: str  # "fwd" or "fwd+bwd"
+    pass_name: str  # "fwd", "fwd+bwd" or "step"
     dtype: str
     tensors: dict[str, Tensor]
     truth: Callable[[Tensor, list[Tensor]], tuple[float, float | None]]  # errors of values and gradients
     leaves: tuple[str, ...] = ()
     upstream: Tensor | None = None
-    kind: str | None = None  # "bytes" or "flop": what `amount` counts
+    kind: str | None = None  # "bytes", "flop" or "tokens": what `amount` counts
     amount: int | None = None
     bound_by: str | None = None  # the ceiling that bounds it
     unit: str | None = None  # the ceiling that its times are counted in
@@ -64,9 +64,9 @@ def random_labels(rows: int, vocab: int, ignored: bool, device: str) -> Tensor:
     return labels
 
 
-def plain_logps(logits: Tensor, labels: Tensor) -> Tensor:
+def plain_logps(logits: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The ordinary way: ``log_softmax`` in float32, then ``gather``."""
-    logps = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    logps = logits.to(dtype).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return logps.masked_fill(labels == IGNORE_INDEX, 0.0)
 
 

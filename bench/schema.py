@@ -35,7 +35,7 @@ HEADER = {
 ROW = {
     "suite": str,
     "case": str,
-    "pass": str,  # fwd, fwd+bwd, or fwd+bwd in place
+    "pass": str,  # fwd, fwd+bwd, fwd+bwd in place, or step
     "dtype": str,
     "implementation": str,
     "status": str,  # ok, wrong, "unsupported: reason" or "failed: reason"; only ok is timed
@@ -45,6 +45,7 @@ ROW = {
     "samples": int,
     "bytes": NUMBER,  # the least traffic that answers the case (null where arithmetic bounds it)
     "flop": NUMBER,  # the least arithmetic (null where traffic bounds it)
+    "tokens_per_second": NUMBER,  # of a training step, a prompt counted once for each of its responses (null elsewhere)
     # Of the measured ceiling: the time of that least work at the ceiling's rate, over ms. More than 1 in place on a CPU,
     # where a line that was just read is written without fetching it again, as a copy must.
     "share": NUMBER,
@@ -126,6 +127,7 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
                 "samples": len(outcome.times),
                 "bytes": amount if problem.kind == "bytes" else None,
                 "flop": amount if problem.kind == "flop" else None,
+                "tokens_per_second": 1e3 * amount / ms if problem.kind == "tokens" and ms else None,
                 "share": floor / ms if floor and ms and not is_ceiling else None,
                 "units": ms / unit if unit and ms else None,
                 "speedup": plain / ms if plain and ms and not is_ceiling else None,
@@ -188,6 +190,7 @@ COLUMNS = {
     "units": ("units", "{:.2f}"),
     "share": ("share", "{:.0%}"),
     "vs plain": ("speedup", "{:.2f}x"),
+    "tokens/s": ("tokens_per_second", "{:.0f}"),
     "peak MiB": ("peak_mib", "{:.0f}"),
     "results": ("result_mib", "{:.0f}"),
     "error": ("error", "{:.1e}"),

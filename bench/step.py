@@ -1,0 +1,185 @@
+"""One optimisation step of a Llama by NCA: forward, backward, clipping and AdamW, through this trainer and others."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cases import BACKENDS, IGNORE_INDEX, Implementation, Problem, Unsupported, plain_logps, value_error
+
+BETA = 0.1
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+)  # fmt: skip
+MODELS = {
+    "small": (32000, 512, 1408, 4, 8, 8),
+    "1B": (128256, 2048, 8192, 16, 32, 8),  # Llama 3.2's
+    "tiny": (50, 16, 32, 1, 2, 2),
+}
+# What the trainers are told to write to; they write nothing.
+FOLDER = str(Path(tempfile.gettempdir(), "nca_kernels-bench"))
+# model, dtype, prompts, responses each, tokens of a prompt, tokens of a response
+CASES = {
+    "cpu": [("small", "float32", 4, 4, 64, 64), ("small", "float32", 8, 2, 64, 64)],
+    "cuda": [("1B", "bfloat16", 4, 4, 512, 512), ("1B", "bfloat16", 8, 2, 512, 512)],
+}
+TINY = [("tiny", "float32", 2, 2, 5, 4), ("tiny", "float32", 2, 3, 5, 4)]
+
+
+def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
+    for name, dtype, prompts, responses, prompt_tokens, response_tokens in cases:
+        model = _model(name, getattr(torch, dtype)).to(device)
+        vocab = model.config.vocab_size
+        tensors = {
+            "prompts": torch.randint(vocab, (prompts, prompt_tokens), device=device),
+            "responses": torch.randint(vocab, (prompts, responses, response_tokens), device=device),
+            "scores": torch.rand(prompts, responses, device=device).argsort(-1).float(),
+        }
+        with torch.no_grad():
+            logps = _plain_logps(model, tensors, torch.float32)
+        tensors["ref_logps"] = logps + torch.randn(prompts, responses, device=device)
+        truth = _truth(model, tensors)
+        problem = Problem(
+            case=f"{name} Llama, B={prompts} K={responses}, prompts of {prompt_tokens}, responses of {response_tokens}",
+            pass_name="step",
+            dtype=dtype,
+            tensors=tensors,
+            # The loss, and the norm of all gradients before clipping.
+            truth=lambda values, _, truth=truth: (value_error(values, truth), None),
+            kind="tokens",
+            amount=prompts * responses * (prompt_tokens + response_tokens),
+        )
+        yield problem, implementations(model, device, responses)
+
+
+def _model(name: str, dtype: torch.dtype) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(zip(SIZES, MODELS[name], strict=True))
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False, pad_token_id=0, eos_token_id=1)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def _rows(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompt and response as one row, ``[B * K, T]``, and the labels that score the response alone."""
+    prompts = tensors["prompts"].repeat_interleave(tensors["responses"].shape[1], 0)
+    responses = tensors["responses"].flatten(0, 1)
+    return torch.cat([prompts, responses], 1), torch.cat([torch.full_like(prompts, IGNORE_INDEX), responses], 1)
+
+
+def _plain_logps(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    input_ids, labels = _rows(tensors)
+    return plain_logps(model(input_ids).logits[:, :-1], labels[:, 1:], dtype).sum(-1).view(tensors["scores"].shape)
+
+
+def _plain_loss(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """NCA with all weight on the best response: at K = 2 what TRL calls ``nca_pair``."""
+    r = BETA * (_plain_logps(model, tensors, dtype) - tensors["ref_logps"])
+    best = tensors["scores"].argmax(-1, keepdim=True)
+    return -(F.logsigmoid(r).gather(-1, best).squeeze(-1) + F.logsigmoid(-r).mean(-1)).mean()
+
+
+def _truth(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    double = copy.deepcopy(model).double()
+    loss = _plain_loss(double, {**tensors, "ref_logps": tensors["ref_logps"].double()}, torch.float64)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in double.parameters()])
+    return torch.stack([loss.detach(), norm])
+
+
+def implementations(model: nn.Module, device: str, responses: int) -> list[Implementation]:
+    def step(model: nn.Module, backward: Callable[[dict[str, Tensor]], Tensor]) -> Callable:
+        """What every one of them does after ``backward``, which returns the loss."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        model.train()
+
+        def call(tensors):
+            loss = backward(tensors)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return torch.stack([loss.detach(), norm])
+
+        return call
+
+    def nca_kernels(share_prompt=False):
+        from nca_kernels.integrations.config import NCAConfig
+        from nca_kernels.integrations.trainer import NCATrainer
+
+        own = copy.deepcopy(model)
+        arguments = NCAConfig(
+            FOLDER, loss="nca", beta=BETA, alpha=0.0, share_prompt=share_prompt, use_cpu=device == "cpu", report_to="none"
+        )
+        first = [{"prompt_ids": [2, 3], "response_ids": [[4], [5]], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]}]
+        trainer = NCATrainer(own, arguments, first)
+
+        def backward(tensors):
+            names = {"prompts": "prompt_ids", "responses": "response_ids", "scores": "scores", "ref_logps": "ref_logps"}
+            columns = {name: tensors[key].tolist() for key, name in names.items()}
+            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            return trainer.training_step(own, trainer.data_collator(rows), num_items_in_batch=len(rows))
+
+        return step(own, backward)
+
+    def plain():
+        own = copy.deepcopy(model)
+
+        def backward(tensors):
+            loss = _plain_loss(own, tensors, torch.float32)
+            loss.backward()
+            return loss
+
+        return step(own, backward)
+
+    def trl():
+        if responses != 2:
+            raise Unsupported("takes pairs alone")
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        own = copy.deepcopy(model)
+        arguments = DPOConfig(
+            FOLDER, loss_type="nca_pair", beta=BETA, precompute_ref_log_probs=True, use_cpu=device == "cpu", report_to="none",
+            bf16=False, activation_checkpointing=False, max_length=None,
+        )  # fmt: skip
+        first = Dataset.from_list([{"prompt": "2 3", "chosen": " 4", "rejected": " 5"}])
+        trainer = DPOTrainer(own, args=arguments, train_dataset=first, processing_class=_numbers(own.config.vocab_size))
+
+        trainer.current_gradient_accumulation_steps = 1  # as its train() would
+
+        def backward(tensors):
+            best = tensors["scores"].argmax(-1)
+            rows = []
+            for prompt, pair, logps, b in zip(
+                *(tensors[name].tolist() for name in ("prompts", "responses", "ref_logps")), best.tolist(), strict=True
+            ):
+                row = {"prompt_ids": prompt, "chosen_ids": pair[b], "rejected_ids": pair[1 - b]}
+                rows.append({**row, "ref_chosen_logps": logps[b], "ref_rejected_logps": logps[1 - b]})
+            return trainer.training_step(own, trainer.data_collator(rows))
+
+        return step(own, backward)
+
+    mine = f"nca_kernels {BACKENDS[device][0]}"
+    return [
+        Implementation(mine, nca_kernels),
+        Implementation(f"{mine} again", nca_kernels),
+        Implementation(f"{mine}, share_prompt", lambda: nca_kernels(share_prompt=True)),
+        Implementation("plain", plain),
+        Implementation("TRL DPOTrainer", trl),
+    ]
+
+
+def _numbers(vocab: int):
+    """A tokenizer whose words are the ids: a trainer may ask for one, and reads no text here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0", pad_token="0", eos_token="1")
