@@ -2,71 +2,344 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
 from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from .. import group_loss
+from .clock import LossClock
 from .collator import GroupCollator, group_logps
 from .config import NCAConfig
 from .heads import model_logps
-from .shared_prompt import model_inputs
+from .kto import MismatchedCollator
+from .metrics import GroupMetrics
+from .plots import PlotsCallback
+from .pretrained import load_model
+from .reference import as_reference, evaluating
+from .reference_logps import cache_key, reference_logps, weights_digest
+from .rows import longest_sequences, prepare_rows, unscored, with_ref_logps
+from .shared_prompt import check_layout, model_inputs
 
+Rows = Dataset | list[dict]
 Batch = dict[str, Tensor]
 
 
 class NCATrainer(Trainer):
-    r"""Aligns a causal LM with scored responses."""
+    r"""Aligns a causal LM with scored responses, by any loss of :func:`nca_kernels.group_loss`.
 
-    # compute_loss divides by the prompts of the whole accumulated batch itself.
+    The log-probs of policy and reference go through :func:`~nca_kernels.integrations.heads.model_logps`: no logits. The loss of
+    a step is the mean over all prompts of its accumulated batch on all ranks, each counted once, whatever the number of their
+    responses and the size of the last batch. Metrics: :class:`~nca_kernels.integrations.metrics.GroupMetrics`, with
+    ``tokens_per_second`` (without padding, evaluations left out) and ``loss_time_share``
+    (:class:`~nca_kernels.integrations.clock.LossClock`). After training their curves lie in ``<output_dir>/plots``.
+
+    Args:
+        model: a transformers causal LM (inside PEFT, or not), or what ``from_pretrained`` takes: then in float32, since steps of
+            5e-6 are lost in bfloat16 weights; with ``peft_config`` in the dtype that it was saved in.
+        args: see :class:`~nca_kernels.integrations.config.NCAConfig`.
+        train_dataset: rows of a prompt, K responses and their scores: in any layout of ``load_groups``, or of
+            ``tokenize_groups``. ``ref_logps`` in the latter (summed over tokens) are taken as they are.
+        eval_dataset: the same, or a mapping of names to such.
+        processing_class: the tokenizer, for rows that are not tokenized; saved with the model.
+        peft_config: trains an adapter of the model; the base is the reference.
+        ref_model: the reference; ``None`` for the model as it is when training starts (its base, under PEFT).
+        callbacks, optimizers: as in ``transformers.Trainer``.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used, by name.
+
+    Source: Chen et al. 2024 (arXiv 2402.05369).
+
+    Example::
+
+        trainer = NCATrainer(model, NCAConfig("out", loss="nca"), load_groups("train.jsonl").rows, processing_class=tokenizer)
+        trainer.train()
+    """
+
+    # compute_loss divides by the prompts of the whole accumulated batch.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | os.PathLike,
         args: NCAConfig,
-        train_dataset: Dataset | list[dict],
-        eval_dataset: Dataset | list[dict] | None = None,
-        processing_class=None,
+        train_dataset: Rows | None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        ref_model: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
     ):
-        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        if not isinstance(args, NCAConfig):
+            raise TypeError(f"args: got {type(args).__name__}, wanted an NCAConfig")
+        model = _loaded(model, peft_config, args.seed)
+        with args.main_process_first(desc="rows"):
+            train_dataset = _each("train_dataset", train_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
+            eval_dataset = _each("eval_dataset", eval_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
+        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
+        self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
         super().__init__(
             model,
             args,
-            GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded"),
+            MismatchedCollator(self._collator) if args.loss == "kto" else self._collator,
             train_dataset,
             eval_dataset,
             processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(f"fsdp: accelerate shards no model on {args.device.type}, it would run as DistributedDataParallel")
+        self.model_accepts_loss_kwargs = False  # or Trainer counts the labels of every batch
+        self.add_callback(PlotsCallback)
+        self._train_metrics, self._eval_metrics = GroupMetrics(), GroupMetrics()
+        # A compiled model would be cut in two where the clock is read.
+        self._clock = None if args.torch_compile else LossClock(args.device)
+        self._window_began: float | None = None
+        self._take_reference(ref_model)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> int:
-        return sum(len(batch["mask"]) for batch in batch_samples)
+    def _take_reference(self, ref_model: nn.Module | None) -> None:
+        """The reference log-probs of all rows, or the model that gives them at every step; and whether the layout holds."""
+        needed = any(unscored(rows) is not None for rows in self._datasets())
+        if needed and ref_model is None and self.args.reference == "model" and not isinstance(self.model, PeftModel):
+            ref_model = copy.deepcopy(self.model)
+        self._ref_model = None if ref_model is None else self._placed(ref_model.requires_grad_(False))
+        if self.is_fsdp_enabled and (needed or self.args.share_prompt):
+            self.model = self.model_wrapped = self._placed(self.model)
+        if self.args.share_prompt:
+            for rows in self._datasets():
+                longest = int(longest_sequences(rows).argmax())
+                check_layout(self.model, [rows[longest]], self._collator)
+        self.train_dataset = _each("train_dataset", self.train_dataset, self._with_ref_logps)
+        self.eval_dataset = _each("eval_dataset", self.eval_dataset, self._with_ref_logps)
+        if self.args.reference == "precompute":
+            self._ref_model = None
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: int | None = None
-    ) -> Tensor:
-        logps = self._logps(model, inputs)
-        loss, rewards = group_loss(
-            self.args.loss,
-            logps,
-            inputs["ref_logps"],
-            inputs["scores"],
-            beta=self.args.beta,
-            alpha=self.args.alpha,
-            mask=inputs["mask"],
-            pairs=self.args.pairs,
-            lengths=inputs["lengths"],
-            reduction="sum",
-        )
-        loss = loss / (num_items_in_batch or len(logps))
-        return (loss, {"rewards": rewards}) if return_outputs else loss
+    def _datasets(self) -> list[Dataset]:
+        found: list[Dataset] = []
+        for rows in (self.train_dataset, self.eval_dataset):
+            _each("", rows, lambda _, rows: found.append(rows))
+        return found
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """On this rank's device, sharded where the run is."""
+        if not self.is_fsdp_enabled:
+            return model.to(self.args.device)
+        # accelerate shards a model only with an optimizer of it; the run's own is made when training starts.
+        model, _ = self.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+        return model
+
+    def _with_ref_logps(self, name: str, rows: Dataset) -> Dataset:
+        """The rows with the reference log-probs that they lack, if they are to be computed now."""
+        args = self.args
+        lacking = unscored(rows)
+        if lacking is None:
+            return rows
+        reference = self._reference(name)
+        if args.reference == "model":
+            return rows
+        key = cache_key(weights_digest(reference), lacking, args.mixed_precision)
+        with as_reference(reference), self.accelerator.autocast():
+            ref_logps = reference_logps(
+                lacking,
+                lambda rows: self._flat_logps(reference, rows),
+                Path(args.reference_cache_dir) / f"{key}.safetensors",
+                self.accelerator,
+                batch_size=args.per_device_eval_batch_size,
+                progress=not args.disable_tqdm,
+            )
+        return with_ref_logps(rows, ref_logps)
+
+    def _reference(self, name: str) -> nn.Module:
+        if self._ref_model is not None:
+            return self._ref_model
+        if self.state.global_step > 0 and not isinstance(self.model, PeftModel):
+            raise ValueError(
+                f"{name}: rows without ref_logps, and the model is no longer the reference; wanted them at the start of "
+                "NCATrainer, or with ref_logps"
+            )
+        return self.model
+
+    def _flat_logps(self, model: nn.Module, rows: list[dict]) -> Tensor:
+        batch = self._prepare_inputs(self._collator(rows))
+        return self._logps(model, batch)[batch["mask"]]
 
     def _logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {"attention_mask": None, **model_inputs(self.model, batch)}
+        """Of each response the sum over its tokens, [B, K]."""
+        inputs = {"attention_mask": None, **model_inputs(model, batch)}
         token_logps = model_logps(model, **inputs, labels=batch["labels"], save_budget=self.args.save_budget)
         return group_logps(token_logps, batch)
+
+    def _ref_logps(self, batch: Batch) -> Tensor:
+        if "ref_logps" in batch:
+            return batch["ref_logps"]
+        reference = self._reference("ref_logps")
+        with as_reference(reference), self.accelerator.autocast():
+            return self._logps(reference, batch)
+
+    def _per_token(self, logps: Tensor, batch: Batch) -> Tensor:
+        return logps / batch["lengths"].clamp(min=1) if self.args.average else logps
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int]:
+        """The micro-batches of a step, and the number of their prompts on all ranks, over which the loss is averaged."""
+        if self._window_began is None:
+            self._window_began = time.perf_counter()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        prompts = sum(self._without_repeats(batches))
+        if self.accelerator.num_processes > 1:
+            prompts = self.accelerator.reduce(torch.tensor(prompts, device=device))
+        if self.args.loss == "kto":
+            baseline = self._kto_baseline(batches)
+            for batch in batches:
+                batch["baseline"] = baseline
+        return batches, prompts
+
+    def _without_repeats(self, batches: list[Batch]) -> list[int]:
+        """The number of prompts of each batch, those masked that only fill up the last one.
+
+        accelerate gives every rank a full batch, at the end of the data with prompts from its beginning.
+        """
+        prompts = [len(batch["mask"]) for batch in batches]
+        data = self.accelerator.gradient_state
+        if self.accelerator.num_processes > 1 and data.end_of_dataloader and data.remainder > 0 and batches:
+            first = self.accelerator.process_index * prompts[-1]
+            prompts[-1] = min(max(data.remainder - first, 0), prompts[-1])
+            batches[-1]["mask"][prompts[-1] :] = False
+        return prompts
+
+    def _kto_baseline(self, batches: list[Batch]) -> Tensor:
+        """The policy's mean log-ratio on mismatched pairs, over the whole step: on all ranks, of all micro-batches."""
+        sums = torch.zeros(2, device=self.args.device)
+        for batch in map(self._prepare_inputs, batches):
+            pairs = batch["mismatched"]
+            with evaluating(self.model), self.accelerator.autocast():
+                log_ratios = self._logps(self.model, pairs) - self._ref_logps(pairs)
+            there = batch["mask"].any(1)
+            sums += torch.stack([(self._per_token(log_ratios, pairs)[:, 0] * there).sum(), there.sum()])
+        total, count = self.accelerator.reduce(sums)
+        return total / count.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The batch's share of the mean over ``num_items_in_batch`` prompts (of this batch, if not given).
+
+        Times the number of ranks, since gradients are averaged over them. ``return_outputs`` adds the implicit ``rewards``.
+        """
+        with self._clock.from_head(model) if self._clock and model.training else nullcontext():
+            loss, rewards = self._group_loss(model, inputs)
+        if num_items_in_batch is None:
+            loss = loss / len(inputs["mask"])
+        else:
+            loss = loss * (self.accelerator.num_processes / num_items_in_batch)
+        if self._clock and loss.requires_grad:
+            self._clock.watch(loss)
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def _group_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of the batch's prompts, and the rewards."""
+        args, mask, scores = self.args, batch["mask"], batch["scores"]
+        if args.loss == "kto" and "baseline" not in batch:
+            batch["baseline"] = self._kto_baseline([batch])
+        ref_logps = self._per_token(self._ref_logps(batch), batch)
+        logps = self._per_token(self._logps(model, batch), batch)
+        loss, rewards = group_loss(
+            args.loss,
+            logps,
+            ref_logps,
+            scores,
+            beta=args.beta,
+            alpha=args.alpha,
+            mask=mask,
+            pairs=args.pairs,
+            lengths=None if args.average else batch["lengths"],
+            baseline=batch.get("baseline"),
+            reduction="sum",
+        )
+        metrics = self._train_metrics if model.training else self._eval_metrics
+        tokens = (batch["branches"] >= 0 if "branches" in batch else batch["attention_mask"]).sum()
+        metrics.update(loss.detach(), rewards, logps, ref_logps, scores, mask, tokens)
+        return loss, rewards
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """Adds to the metrics, the loss among them: Trainer's own mean of batches would weigh prompts by their batch."""
+        inputs = self._prepare_inputs(inputs)
+        self._without_repeats([inputs])
+        with torch.no_grad():
+            self._group_loss(model, inputs)
+        return None, None, None
+
+    def evaluate(
+        self,
+        eval_dataset: Rows | dict[str, Rows] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in transformers; ``eval_dataset`` may be rows in any form that ``NCATrainer`` takes."""
+        if isinstance(eval_dataset, (Dataset, list)):
+            with self.args.main_process_first(desc="rows"):
+                eval_dataset = prepare_rows("eval_dataset", eval_dataset, self.processing_class, self.args)
+            eval_dataset = self._with_ref_logps("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> EvalLoopOutput:
+        began = time.perf_counter()
+        self._eval_metrics = GroupMetrics()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_metrics.read(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items() if name != "tokens"})
+        if self._window_began is not None:
+            self._window_began += time.perf_counter() - began
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # of training steps
+            seconds = time.perf_counter() - self._window_began
+            self._window_began = None
+            means = self._train_metrics.read(self.accelerator)
+            logs["tokens_per_second"] = means.pop("tokens") / seconds
+            if self._clock:
+                logs["loss_time_share"] = self._clock.seconds() / seconds
+            logs.update({name: value for name, value in means.items() if name != "loss"})
+        super().log(logs, start_time)
+
+
+def _loaded(model: nn.Module | str | os.PathLike, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+    if isinstance(model, (str, os.PathLike)):
+        model = load_model(os.fspath(model), dtype=torch.float32 if peft_config is None else "auto")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a causal LM, or a name or folder to load one from")
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: model has an adapter already; wanted one or the other")
+    set_seed(seed)  # of the adapter's weights
+    return get_peft_model(model, peft_config)
+
+
+def _each(name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]) -> Rows | dict[str, Rows] | None:
+    """The function of the rows and their name, or of each of the data sets of a mapping."""
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {key: function(f"{name}[{key!r}]", value) for key, value in rows.items()}
+    return function(name, rows)

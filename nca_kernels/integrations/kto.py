@@ -1,0 +1,28 @@
+"""KTO's baseline: how far the policy has drifted on responses to other prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .collator import GroupCollator
+
+
+@dataclass
+class MismatchedCollator:
+    """The batch of ``collator``, with one of each row's prompt and its ``mismatched_ids`` under ``"mismatched"``."""
+
+    collator: GroupCollator
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor | dict[str, Tensor]]:
+        pairs = [mismatched_pair(row) for row in rows]
+        return {**self.collator(rows), "mismatched": self.collator(pairs)}
+
+
+def mismatched_pair(row: dict) -> dict:
+    """A row of one response, to another prompt."""
+    pair = {"prompt_ids": row["prompt_ids"], "response_ids": [row["mismatched_ids"]]}
+    if "mismatched_ref_logps" in row:
+        pair["ref_logps"] = [row["mismatched_ref_logps"]]
+    return pair

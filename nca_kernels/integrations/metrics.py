@@ -1,0 +1,92 @@
+"""What a run says of itself: sums over prompts, kept on the device and read, over all ranks, when they are logged."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..reference import score_pairs
+
+# Each the quotient of a sum and a count.
+_SCALARS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best", "logps/worst", "logps/best_change", "kl")
+
+
+class GroupMetrics:
+    r"""Means over the prompts, pairs and responses seen since they were last read.
+
+    - ``loss``: over prompts.
+    - ``rewards/rank_1``, ``rewards/rank_2``, ...: the implicit reward of the best-scored response, of the second, ...; equal
+      scores rank in the order of the columns. Of prompts that have so many responses.
+    - ``rewards/accuracy``: of all pairs of different scores, the share whose implicit rewards are in the same order.
+    - ``rewards/margin``: the best's implicit reward minus the worst's, of prompts whose scores differ.
+    - ``logps/best``, ``logps/worst``: their log-probs; ``logps/best_change``: the best's minus its reference log-prob, so its
+      change since the start where the reference is the model that training starts from.
+    - ``kl``: ``- mean(logp - ref_logp)`` over all responses. It estimates KL(reference || policy), without bias, where the
+      reference sampled the responses; elsewhere it is a mean drift and may be negative.
+
+    ``tokens`` is their sum: of those that went through the policy, without padding.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def update(
+        self,
+        loss: Tensor,  # the sum over prompts
+        rewards: Tensor,  # [B, K]
+        logps: Tensor,  # [B, K]
+        ref_logps: Tensor,  # [B, K]
+        scores: Tensor,  # [B, K]
+        mask: Tensor,  # [B, K]
+        tokens: Tensor,
+    ) -> None:
+        """No host sync: the sums stay where the rewards are."""
+        there = mask.any(1)
+        counts = mask.sum(1)
+        order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        ranked = rewards.gather(1, order).masked_fill(torch.arange(mask.shape[1], device=mask.device) >= counts[:, None], 0.0)
+        ends = torch.stack([order[:, 0], order.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]], 1)
+        best, worst = logps.gather(1, ends).unbind(1)
+        best_reward, worst_reward = rewards.gather(1, ends).unbind(1)
+        best_ref = ref_logps.gather(1, ends[:, :1])[:, 0]
+        pairs = score_pairs(scores, mask, "all")
+        differ = pairs.any(2).any(1)
+        right = pairs & (rewards[:, :, None] > rewards[:, None, :])
+        prompts = there.sum()
+        sums = [
+            *(loss, prompts),
+            *(right.sum(), pairs.sum()),
+            *(((best_reward - worst_reward) * differ).sum(), differ.sum()),
+            *((best * there).sum(), prompts),
+            *((worst * there).sum(), prompts),
+            *(((best - best_ref) * there).sum(), prompts),
+            *(((ref_logps - logps) * mask).sum(), counts.sum()),
+            tokens,
+        ]
+        # Float64, for the tokens of an evaluation pass 2^24; it is a few dozen numbers.
+        by_rank = torch.stack([ranked.sum(0), (torch.arange(mask.shape[1], device=mask.device) < counts[:, None]).sum(0)], 1)
+        self._add(torch.cat([torch.stack([value.double() for value in sums]), by_rank.double().flatten()]))
+
+    def _add(self, sums: Tensor) -> None:
+        if self._sums is None:
+            self._sums = sums
+            return
+        size = max(len(self._sums), len(sums))  # as many ranks as the prompt with the most responses
+        self._sums = F.pad(self._sums, (0, size - len(self._sums))) + F.pad(sums, (0, size - len(sums)))
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks, and a new beginning. One collective and one host sync."""
+        sums = accelerator.pad_across_processes(self._sums)
+        total = accelerator.reduce(sums, "sum").tolist()
+        self._sums = None
+        n = 2 * len(_SCALARS)
+        metrics = {"tokens": total[n]}
+        names = [*_SCALARS, *(f"rewards/rank_{rank}" for rank in range(1, (len(total) - n - 1) // 2 + 1))]
+        values = total[:n] + total[n + 1 :]
+        for name, value, count in zip(names, values[::2], values[1::2], strict=True):
+            if count > 0:
+                metrics[name] = value / count
+        return metrics

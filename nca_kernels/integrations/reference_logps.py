@@ -1,0 +1,178 @@
+"""Reference log-probs, computed once into a file that later runs read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from .heads import causal_lm
+from .rows import arrow_table, longest_sequences
+
+# Prompts between two files of an unfinished pass: what a killed run loses at most.
+PART = 512
+# What a model's config says of where it lies and how it is run, not of what it computes.
+_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype"}
+
+
+def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
+    r"""The name of the file that holds the reference log-probs of these rows.
+
+    The token ids stand for the tokenizer, the chat template and the truncation: all that these do is in them.
+
+    Args:
+        weights: of :func:`weights_digest`.
+        rows: with ``prompt_ids`` and ``response_ids``; what else they hold does not count.
+        numerics: the mixed precision that the pass runs in.
+    """
+    digest = xxhash.xxh3_128(f"{weights} {numerics}".encode())
+    table = arrow_table(rows.select_columns(["prompt_ids", "response_ids"]))
+    for column in ("prompt_ids", "response_ids"):
+        values = table[column].combine_chunks()
+        while hasattr(values, "flatten") and hasattr(values.type, "value_type"):
+            digest.update(values.value_lengths().to_numpy())
+            values = values.flatten()
+        digest.update(values.to_numpy().astype("int64"))
+    return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of what the model computes: the bytes of its weights, and its config. Of a PEFT model: of its base."""
+    core = causal_lm(model)
+    adapter = getattr(getattr(model, "base_model", None), "prefix", None)
+    digest = xxhash.xxh3_128()
+    for name, tensor in core.state_dict().items():
+        if adapter is not None and (adapter in name or "modules_to_save" in name):
+            continue
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        # PEFT puts the layers that it changes one level down.
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    config = {key: value for key, value in core.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def reference_logps(
+    rows: Dataset,
+    logps: Callable[[list[dict]], Tensor],
+    file: Path,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> list[list[float]]:
+    r"""The reference log-prob of every response of every row: read from ``file``, or computed into it.
+
+    The pass is shared among the ranks and saved part by part, so that a run that is killed and started again goes on where it
+    was. Only the main process reads and writes; every file is written under another name and renamed once it is whole.
+
+    Args:
+        rows: with ``prompt_ids`` and ``response_ids``.
+        logps: the log-probs of a list of rows, flat, ``[S]``. Called the same number of times on every rank, since a sharded
+            model's forward is collective.
+        file: named by :func:`cache_key`; its folder is made. Unfinished parts lie in a folder beside it.
+        batch_size: rows a call.
+        progress: show a bar, on the main process.
+
+    Raises:
+        RuntimeError: a file that is not what this function wrote.
+    """
+    counts = [len(responses) for responses in rows["response_ids"]]
+    flat = _on_main(accelerator, _read, file, sum(counts))
+    if flat is None:
+        flat = _computed(rows, counts, logps, file, accelerator, batch_size, progress)
+    return [part.tolist() for part in flat.split(counts)]
+
+
+def _computed(
+    rows: Dataset,
+    counts: list[int],
+    logps: Callable[[list[dict]], Tensor],
+    file: Path,
+    accelerator: Accelerator,
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    # The longest first: rows of a batch are then of a length, and a batch too large for the memory fails at once.
+    order = (-longest_sequences(rows)).argsort(kind="stable").tolist()
+    bar = tqdm(total=len(rows), desc="Reference log-probs", disable=not (progress and accelerator.is_main_process))
+    row_logps: list[Tensor | None] = [None] * len(rows)
+    for start in range(0, len(order), PART):
+        part = order[start : start + PART]
+        part_file = file.with_suffix("") / f"{start}.safetensors"
+        part_counts = [counts[i] for i in part]
+        flat = _on_main(accelerator, _read, part_file, sum(part_counts))
+        if flat is None:
+            batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+            flat = _shared(rows, batches, logps, accelerator)
+            _on_main(accelerator, _write, part_file, flat)
+        for i, values in zip(part, flat.split(part_counts), strict=True):
+            row_logps[i] = values
+        bar.update(len(part))
+    bar.close()
+    flat = torch.cat(row_logps)
+    _on_main(accelerator, _write, file, flat)
+    if accelerator.is_main_process:
+        shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+    return flat
+
+
+def _shared(
+    rows: Dataset, batches: list[list[int]], logps: Callable[[list[dict]], Tensor], accelerator: Accelerator
+) -> Tensor:
+    """The log-probs of all batches, each rank computing its share."""
+    mine = {}
+    for turn in range(0, len(batches), accelerator.num_processes):
+        # Where the last turn has fewer batches than ranks, some compute the last batch once more.
+        i = min(turn + accelerator.process_index, len(batches) - 1)
+        mine[i] = logps([rows[j] for j in batches[i]]).float().cpu()
+    everyone = dict(pair for share in gather_object([mine]) for pair in share.items())
+    return torch.cat([everyone[i] for i in range(len(batches))])
+
+
+def _read(file: Path, size: int) -> Tensor | None:
+    if not file.exists():
+        return None
+    try:
+        flat = load_file(file)["ref_logps"]
+    except Exception as error:
+        raise RuntimeError(f"{file}: no file of reference log-probs ({error}); remove it to have it computed anew") from error
+    if flat.shape != (size,):
+        raise RuntimeError(f"{file}: holds {list(flat.shape)} log-probs, wanted {size}; remove it to have it computed anew")
+    return flat
+
+
+def _write(file: Path, flat: Tensor) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Of this process alone, for two runs may compute the same file at once.
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
+    save_file({"ref_logps": flat}, unfinished)
+    os.replace(unfinished, file)
+
+
+def _on_main(accelerator: Accelerator, function: Callable[..., object], *args: object) -> object:
+    """What the function returns on the main process, on every rank; and its error on every rank, so that none waits."""
+    outcome: list[object] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function(*args)]
+        except Exception as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]

@@ -1,0 +1,160 @@
+"""The rows that a run trains on: tokenized, checked, K responses of each prompt, and for KTO a response to another prompt."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from .config import NCAConfig
+from .data import load_groups
+from .tokens import tokenize_groups
+
+# The last three only where there are some.
+COLUMNS = ("prompt_ids", "response_ids", "scores", "ref_logps", "mismatched_ids", "mismatched_ref_logps")
+
+
+def prepare_rows(
+    name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig
+) -> Dataset:
+    r"""Rows as :class:`~nca_kernels.integrations.trainer.NCATrainer` takes them, to rows of ``COLUMNS``.
+
+    Args:
+        name: what errors call them.
+        rows: in any layout of :func:`~nca_kernels.integrations.data.load_groups`, or tokenized already (``prompt_ids``,
+            ``response_ids`` and ``scores``, as of ``tokenize_groups``); then also with ``ref_logps``, one for each response.
+        tokenizer: for rows that are not tokenized.
+        args: ``max_length``, ``max_prompt_length``, ``skip_bad_rows``, ``num_responses``, ``seed``; whether ``loss`` is "kto".
+
+    Raises:
+        TypeError, ValueError: no such rows, by ``name``, row (counted from 1) and column.
+    """
+    if not isinstance(rows, (Dataset, list)):
+        raise TypeError(f"{name}: got {type(rows).__name__}, wanted a datasets.Dataset or a list of rows")
+    if len(rows) == 0:
+        raise ValueError(f"{name}: got no rows")
+    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    if "prompt_ids" not in rows.column_names:
+        rows = _tokenized(name, rows, tokenizer, args)
+    columns = COLUMNS if args.loss == "kto" else COLUMNS[:4]
+    rows = rows.select_columns([column for column in columns if column in rows.column_names])
+    _check(name, rows)
+    if args.num_responses is not None:
+        choice = {"K": args.num_responses, "seed": args.seed}
+        rows = rows.map(_chosen, with_indices=True, fn_kwargs=choice, desc="Choosing responses")
+    if args.loss == "kto" and "mismatched_ids" not in rows.column_names:
+        rows = _with_mismatched(name, rows)
+    return rows
+
+
+def _tokenized(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig) -> Dataset:
+    if tokenizer is None:
+        raise ValueError(
+            f"processing_class: got None, wanted a tokenizer, since {name} has no prompt_ids (but {', '.join(rows.column_names)})"
+        )
+    try:
+        groups = load_groups(rows, skip_bad_rows=args.skip_bad_rows)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    return tokenize_groups(groups.rows, tokenizer, **limits).rows
+
+
+def _check(name: str, rows: Dataset) -> None:
+    """What the collator and the losses rely on; in Arrow, since Python would take minutes for a large data set."""
+    missing = [column for column in COLUMNS[:3] if column not in rows.column_names]
+    if missing:
+        raise ValueError(f"{name}: got the columns {', '.join(rows.column_names)}, wanted {', '.join(missing)} as well")
+    table = arrow_table(rows)
+    counts = _lengths(table["response_ids"])
+
+    def refuse(column: str, bad: pa.ChunkedArray | pa.Array, problem: str, parents: pa.Array | None = None) -> None:
+        if (at := pc.index(bad, True).as_py()) >= 0:
+            row = at if parents is None else parents[at].as_py()
+            raise ValueError(f"{name}: row {row + 1}, column {column}: {problem}")
+
+    refuse("prompt_ids", pc.less(_lengths(table["prompt_ids"]), 1), "no tokens")
+    refuse("response_ids", pc.less(counts, 1), "no responses")
+    responses = table["response_ids"].combine_chunks()
+    empty = pc.less(_lengths(responses.flatten()), 1)
+    refuse("response_ids", empty, "a response without tokens", pc.list_parent_indices(responses))
+    for column in ("scores", "ref_logps"):
+        if column in table.column_names:
+            numbers = table[column].combine_chunks()
+            refuse(column, pc.not_equal(_lengths(numbers), counts), "wanted one number for each response")
+            finite = pc.fill_null(pc.is_finite(numbers.flatten().cast(pa.float32(), safe=False)), False)
+            refuse(column, pc.invert(finite), "wanted finite numbers", pc.list_parent_indices(numbers))
+
+
+def arrow_table(rows: Dataset) -> pa.Table:
+    return rows.with_format("arrow")[:]
+
+
+def _lengths(lists: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    return pc.fill_null(pc.list_value_length(lists), 0)
+
+
+def _chosen(row: dict, index: int, K: int, seed: int) -> dict:
+    """A best-scored response, one scored below it, then others at random, up to K."""
+    scores = row["scores"]
+    generator = random.Random(f"{seed} {index}")
+    order = generator.sample(range(len(scores)), len(scores))
+    best = next(i for i in order if scores[i] == max(scores))
+    worse = [i for i in order if scores[i] < scores[best]][:1]
+    kept = [best, *worse, *(i for i in order if i not in (best, *worse))][:K]
+    return {column: [row[column][i] for i in kept] for column in ("response_ids", "scores", "ref_logps") if column in row}
+
+
+def _with_mismatched(name: str, rows: Dataset) -> Dataset:
+    """With ``mismatched_ids``: a response of the row before, each of its responses in turn.
+
+    Fixed for the run, and not the batch's neighbour: so its reference log-prob can be computed once like the others.
+    """
+    n = len(rows)
+    if n < 2:
+        raise ValueError(f"{name}: got 1 row, wanted at least 2: kto's baseline takes responses to other prompts")
+    before = rows.select_columns("response_ids").select([n - 1, *range(n - 1)])
+    pairs = concatenate_datasets([before, rows.select_columns("prompt_ids")], axis=1)
+    # A prompt with another's response is longer than either row; what the model takes is as long as the longest of all.
+    limit = {"limit": int(longest_sequences(rows).max())}
+    mismatched = pairs.map(_mismatched, with_indices=True, fn_kwargs=limit, remove_columns=pairs.column_names, desc="Mismatching")
+    return concatenate_datasets([rows, mismatched], axis=1)
+
+
+def _mismatched(row: dict, index: int, limit: int) -> dict:
+    response = row["response_ids"][index % len(row["response_ids"])]
+    return {"mismatched_ids": response[: limit - len(row["prompt_ids"])]}
+
+
+def unscored(rows: Dataset) -> Dataset | None:
+    """Of each row the prompt with those responses that have no reference log-prob, the mismatched one last; None if all have."""
+    mismatched = "mismatched_ids" in rows.column_names and "mismatched_ref_logps" not in rows.column_names
+    if not mismatched:
+        return None if "ref_logps" in rows.column_names else rows.select_columns(["prompt_ids", "response_ids"])
+    return rows.map(_unscored, remove_columns=rows.column_names, desc="Responses without reference log-probs")
+
+
+def _unscored(row: dict) -> dict:
+    responses = [] if "ref_logps" in row else row["response_ids"]
+    return {"prompt_ids": row["prompt_ids"], "response_ids": [*responses, row["mismatched_ids"]]}
+
+
+def with_ref_logps(rows: Dataset, ref_logps: list[list[float]]) -> Dataset:
+    """The rows with what :func:`unscored` found missing."""
+    if "mismatched_ids" in rows.column_names and "mismatched_ref_logps" not in rows.column_names:
+        rows = rows.add_column("mismatched_ref_logps", [values[-1] for values in ref_logps])
+        ref_logps = [values[:-1] for values in ref_logps]
+    return rows if "ref_logps" in rows.column_names else rows.add_column("ref_logps", ref_logps)
+
+
+def longest_sequences(rows: Dataset) -> np.ndarray:
+    """For each row the tokens of its prompt with its longest response."""
+    table = arrow_table(rows.select_columns(["prompt_ids", "response_ids"]))
+    responses = table["response_ids"].combine_chunks()
+    counts = _lengths(responses).to_numpy()
+    longest = np.maximum.reduceat(_lengths(responses.flatten()).to_numpy(), counts.cumsum() - counts)
+    return _lengths(table["prompt_ids"]).to_numpy() + longest
