@@ -11,7 +11,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from nca_kernels import cli
 from nca_kernels.experiments import toy
-from nca_kernels.experiments.align import Method, align, choose_responses
+from nca_kernels.experiments.align import Method, align
+from nca_kernels.experiments.tasks import TASKS
 from nca_kernels.losses import LOSSES
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
@@ -26,59 +27,87 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+SUMS, CHAINS = TASKS["sums"], TASKS["chains"]
+
+
 @pytest.fixture(scope="module")
 def world(one_thread):
     """A model that knows nothing, and rewarded samples of it: nearly every prompt's differ by a lucky digit."""
     generator = torch.Generator().manual_seed(0)
     model = toy.build_model(0, hidden_size=16)
-    sums = toy.draw_sums(80, generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        return model, toy.collect(model, sums, 4, generator, "logits")
+        return model, toy.collect(model, SUMS, SUMS.draw(80, generator), 4, generator, "logits")
 
 
-def test_task():
-    sums = torch.tensor([[123, 456], [999, 999]])
-    assert toy.prompts(sums)[0].tolist() == [1, 2, 3, 10, 4, 5, 6, 11]
-    assert toy.answers(sums).tolist() == [[0, 5, 7, 9], [1, 9, 9, 8]]
+def test_sums():
+    problems = torch.tensor([[123, 456], [999, 999]])
+    assert SUMS.prompts(problems)[0].tolist() == [1, 2, 3, 10, 4, 5, 6, 11]
+    assert SUMS.answers(problems).tolist() == [[0, 5, 7, 9], [1, 9, 9, 8]]
     responses = torch.tensor([[[0, 5, 7, 9], [5, 7, 9, 0]], [[1, 9, 9, 9], [1, 0, 0, 8]]])
-    assert toy.share_of_right_digits(sums, responses).tolist() == [[1.0, 0.0], [0.75, 0.5]]
-    assert len(toy.draw_sums(1000, torch.Generator().manual_seed(0)).unique(dim=0)) == 1000
+    assert SUMS.rewards(problems, responses).tolist() == [[1.0, 0.0], [0.75, 0.5]]
+
+
+def test_chains():
+    problems = torch.tensor([[47, 85, 36]])
+    assert CHAINS.prompts(problems).tolist() == [[4, 7, 10, 8, 5, 10, 3, 6, 11]]
+    right = CHAINS.answers(problems)
+    assert right.tolist() == [[1, 3, 2, 10, 3, 6, 11, 1, 6, 8]]
+    wrong_step, wrong_result = right.clone(), right.clone()
+    wrong_step[0, 2], wrong_result[0, -1] = 1, 9
+    responses = torch.stack([right, wrong_step, wrong_result], dim=1)
+    assert CHAINS.rewards(problems, responses).tolist() == [[1.0, 1.0, 0.0]], "only the result is checked"
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_drawn_problems(task):
+    problems = task.draw(1000, torch.Generator().manual_seed(0))
+    assert len(problems.unique(dim=0)) == 1000
+    assert {len(str(number)) for number in problems.flatten().tolist()} == {task.digits}
+    answers = task.answers(problems)
+    assert (task.rewards(problems, answers[:, None]) == 1).all()
 
 
 def test_samples_follow_the_model(world):
-    """The cached sampler draws what whole forwards give, from the same random numbers."""
+    """The cached sampler draws what whole forwards give, from the same random numbers; or takes the likeliest tokens."""
     model, K = copy.deepcopy(world[0]), 3
     with torch.no_grad():
         model.lm_head.weight *= 30  # untaught, it says nearly the same after every prompt
-    prompts = toy.prompts(toy.draw_sums(5, torch.Generator().manual_seed(1)))
-    drawn = toy.sample(model, prompts, K, torch.Generator().manual_seed(2)).flatten(0, 1)
-    rows, generator = prompts.repeat_interleave(K, 0), torch.Generator().manual_seed(2)
-    for _ in range(toy.ANSWER_LENGTH):
-        probabilities = model(rows).logits[:, -1].softmax(-1)
-        rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=generator)], 1)
-    assert torch.equal(drawn, rows[:, prompts.shape[1] :])
+    prompts = SUMS.prompts(SUMS.draw(5, torch.Generator().manual_seed(1)))
+    for seed in (2, None):
+        generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+        drawn = toy.sample(model, prompts, K, 4, generators[0]).flatten(0, 1)
+        rows = prompts.repeat_interleave(K, 0)
+        for _ in range(4):
+            logits = model(rows).logits[:, -1]
+            if seed is None:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial(logits.softmax(-1), 1, generator=generators[1])
+            rows = torch.cat([rows, token], 1)
+        assert torch.equal(drawn, rows[:, prompts.shape[1] :])
 
 
 def test_collected_preferences(world):
     model, data = world
     assert (data.scores.amax(1) > data.scores.amin(1)).all()
     logits = model(data.tokens[0]).logits.double().log_softmax(-1)
-    answer = data.tokens[0, :, -toy.ANSWER_LENGTH :]
-    logps = logits[:, -toy.ANSWER_LENGTH - 1 : -1].gather(-1, answer[..., None]).sum((1, 2))
+    answer = data.tokens[0, :, -4:]
+    logps = logits[:, -5:-1].gather(-1, answer[..., None]).sum((1, 2))
     torch.testing.assert_close(data.ref_logps[0].double(), logps, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("K", [2, 3, 4])
-def test_chosen_responses(world, K):
+def test_rows_for_the_trainer(world):
     data = world[1]
-    chosen = choose_responses(data, K, torch.Generator().manual_seed(0))
-    assert chosen.tokens.shape[:2] == (len(data), K)
-    assert torch.equal(chosen.scores[:, 0], data.scores.amax(1))
-    assert (chosen.scores[:, 1] < chosen.scores[:, 0]).all()
-    same = (chosen.tokens[:, :, None] == data.tokens[:, None]).all(-1)
+    row = data.rows()[3]
+    assert [row["prompt_ids"] + response for response in row["response_ids"]] == data.tokens[3].tolist()
+    assert row["scores"] == data.scores[3].tolist() and row["ref_logps"] == data.ref_logps[3].tolist()
+    assert all(len(response) == 4 for response in row["response_ids"])
+    ends = data.ends()
+    assert torch.equal(ends.scores, torch.stack([data.scores.amax(1), data.scores.amin(1)], 1))
     for name in ("scores", "ref_logps"):
-        kept = getattr(chosen, name)[:, :, None] == getattr(data, name)[:, None]
+        same = (ends.tokens[:, :, None] == data.tokens[:, None]).all(-1)
+        kept = getattr(ends, name)[:, :, None] == getattr(data, name)[:, None]
         assert (kept & same).any(-1).all(), f"each response keeps its own {name}"
 
 
@@ -90,7 +119,7 @@ def test_every_loss_widens_the_margin(world, loss):
     margins = [chosen - rejected for chosen, rejected in zip(curves.chosen, curves.rejected, strict=True)]
     assert margins[-1] > margins[0] + 0.1
     assert curves.steps == list(range(21)) and len(curves.loss) == 20
-    assert 0 < curves.loss_seconds < curves.seconds
+    assert all(0 < share < 1 for share in curves.loss_time_share)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "the reference moved"
     assert not any(torch.equal(before[name], value) for name, value in aligned.state_dict().items()), "a weight did not"
 
@@ -108,8 +137,8 @@ def test_paths_agree_and_runs_repeat(world):
 
 def test_teaching_ends_at_its_target():
     model = toy.build_model(0, hidden_size=16)
-    sums = toy.draw_sums(1600, torch.Generator().manual_seed(0))
-    losses = toy.teach(model, sums, batch_size=32, target=2.2, progress=False)
+    problems = SUMS.draw(1600, torch.Generator().manual_seed(0))
+    losses = toy.teach(model, SUMS, problems, batch_size=32, target=2.2, progress=False)
     assert 10 <= len(losses) < 50 and sum(losses[-10:]) / 10 <= 2.2 < sum(losses[-11:-1]) / 10
 
 

@@ -1,24 +1,27 @@
-"""One alignment run on the toy world: a method and a fixed data set in, an aligned model and its curves out."""
+"""One alignment run: a method and rewarded samples in, an aligned model and its curves out."""
 
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 
-from nca_kernels import group_loss
+from nca_kernels import token_logps
 
-from .toy import IGNORED, Preferences, all_logps, head_logps, response_logps
+from ..integrations.collator import group_logps
+from ..integrations.config import NCAConfig
+from ..integrations.plots import PlotsCallback
+from ..integrations.trainer import NCATrainer
+from .toy import Preferences, response_logps
 
 
 @dataclass(frozen=True)
 class Method:
-    """What the paper varies: the loss, and how many responses a prompt it sees (see :func:`choose_responses`)."""
+    """What the paper varies: the loss, and how many of a prompt's responses it sees."""
 
     loss: str
     K: int = 4
@@ -36,14 +39,13 @@ class Curves:
     steps: list[int] = field(default_factory=list)
     chosen: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)
-    seconds: float = 0.0  # of the steps alone
-    loss_seconds: float = 0.0  # of these, in the head, the log-probs and the loss, forward and backward
+    loss_time_share: list[float] = field(default_factory=list)  # of each step, in the head and the loss, forward and backward
 
 
 def align(
     reference: LlamaForCausalLM,
     train: Preferences,
-    heldout: Preferences,
+    probe: Preferences,
     method: Method,
     *,
     seed: int,
@@ -53,83 +55,73 @@ def align(
     progress: bool = False,
 ) -> tuple[LlamaForCausalLM, Curves]:
     """Align a copy of ``reference`` on ``steps`` batches of ``batch_size`` prompts of ``train``."""
-    generator = torch.Generator().manual_seed(seed)
-    train = choose_responses(train, method.K, generator)
-    strangers = _mismatched(reference, train, path) if method.loss == "kto" else None
     model = copy.deepcopy(reference)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=method.lr, weight_decay=0.0)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-    curves = Curves()
-    _probe(model, heldout, 0, path, curves)
-    order = _batches(len(train), batch_size, steps, generator)
-    for step, rows in enumerate(tqdm(order, desc=f"{method.loss}, K = {method.K}", disable=not progress), 1):
-        start = time.perf_counter()
-        batch = train.pick(rows)
-        baseline = _drift(model, strangers.pick(rows), path) if strangers else None
-        hidden = model.model(batch.tokens.flatten(0, 1), use_cache=False).last_hidden_state
-        # Cut here: what comes after, its backward included, is then timed apart from the model's body.
-        cut = hidden.detach().requires_grad_()
-        before_loss = time.perf_counter()
-        loss = group_loss(
-            method.loss,
-            head_logps(model, cut, batch.labels, path),
-            batch.ref_logps,
-            batch.scores,
+    bar = tqdm(total=steps, desc=f"{method.loss}, K = {method.K}", disable=not progress)
+    recorder = _Recorder(probe.ends(), path, bar)
+    with TemporaryDirectory() as folder:
+        arguments = NCAConfig(
+            output_dir=folder,
+            loss=method.loss,
             beta=method.beta,
             alpha=method.alpha,
             pairs=method.pairs,
-            lengths=(batch.labels != IGNORED).sum(-1),
-            baseline=baseline,
-        ).loss
-        loss.backward()
-        curves.loss_seconds += time.perf_counter() - before_loss
-        hidden.backward(cut.grad)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup.step()
-        optimizer.zero_grad()
-        curves.seconds += time.perf_counter() - start
-        curves.loss.append(loss.item())
-        if step % max(steps // 20, 1) == 0:
-            _probe(model, heldout, step, path, curves)
-    return model, curves
+            num_responses=method.K,
+            learning_rate=method.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=10,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+        )
+        trainer = _TRAINERS[path](model, arguments, train.rows(), callbacks=[recorder])
+        for callback in (PrinterCallback, PlotsCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+    return model, recorder.curves
 
 
-def choose_responses(data: Preferences, K: int, generator: torch.Generator) -> Preferences:
-    """K of each prompt's responses: a best one, a worse one, then any others, each at random."""
-    rows = torch.arange(len(data))[:, None]
-    best = data.scores == data.scores.amax(1, keepdim=True)
-    key = torch.rand(data.scores.shape, generator=generator)
-    first, second = ((key + group).argmax(1, keepdim=True) for group in (best, ~best))
-    key[rows, first], key[rows, second] = 3.0, 2.0
-    return data.pick(rows, key.argsort(1, descending=True)[:, :K])
+class _LogitsTrainer(NCATrainer):
+    """The ordinary way, for comparison."""
+
+    def _logps(self, model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return group_logps(token_logps(logits, batch["labels"], shift=1), batch)
 
 
-def _mismatched(reference: LlamaForCausalLM, data: Preferences, path: str) -> Preferences:
-    """One response to each prompt that was given to another: KTO's baseline is the policy's drift on these."""
-    rows = torch.arange(len(data))[:, None]
-    given = data.pick(rows, rows % data.scores.shape[1])
-    tokens = torch.where(given.labels == IGNORED, given.tokens, given.tokens.roll(1, 0))
-    labels = torch.where(given.labels == IGNORED, IGNORED, tokens)
-    return Preferences(tokens, labels, given.scores, all_logps(reference, tokens, labels, path))
+_TRAINERS = {"linear": NCATrainer, "logits": _LogitsTrainer}
 
 
-@torch.no_grad()
-def _drift(model: LlamaForCausalLM, data: Preferences, path: str) -> Tensor:
-    return (response_logps(model, data.tokens, data.labels, path) - data.ref_logps).mean()
+class _Recorder(TrainerCallback):
+    """Fills :class:`Curves` while a trainer runs that logs every step."""
 
+    def __init__(self, ends: Preferences, path: str, bar: tqdm) -> None:
+        self.curves = Curves()
+        self._ends, self._path, self._bar = ends, path, bar
 
-def _probe(model: LlamaForCausalLM, heldout: Preferences, step: int, path: str, curves: Curves) -> None:
-    ends = torch.stack([heldout.scores.argmax(1), heldout.scores.argmin(1)], 1)
-    ends = heldout.pick(torch.arange(len(heldout))[:, None], ends)
-    chosen, rejected = all_logps(model, ends.tokens, ends.labels, path).mean(0).tolist()
-    curves.steps.append(step)
-    curves.chosen.append(chosen)
-    curves.rejected.append(rejected)
+    def on_train_begin(self, args, state, control, model, **kwargs) -> None:
+        self._probe(model, 0)
 
+    # Not at the end of the step: the time of the probe would be taken for the step's.
+    def on_log(self, args, state, control, logs, model, **kwargs) -> None:
+        if "loss" not in logs:
+            return
+        self.curves.loss.append(logs["loss"])
+        self.curves.loss_time_share.append(logs["loss_time_share"])
+        if state.global_step % max(state.max_steps // 20, 1) == 0:
+            self._probe(model, state.global_step)
+        self._bar.update()
 
-def _batches(n: int, batch_size: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Row numbers [steps, batch_size], every row once before any comes again."""
-    epochs = -(-steps * batch_size // n)
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
-    return order[: steps * batch_size].view(steps, batch_size)
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._bar.close()
+
+    def _probe(self, model: LlamaForCausalLM, step: int) -> None:
+        chosen, rejected = response_logps(model, self._ends.tokens, self._ends.labels, self._path).mean(0).tolist()
+        self.curves.steps.append(step)
+        self.curves.chosen.append(chosen)
+        self.curves.rejected.append(rejected)

@@ -1,9 +1,10 @@
-"""The paper's Figure 2: the log-probs of chosen and rejected responses over the training, by method."""
+"""Pictures: the log-probs of chosen and rejected responses over the training, and a point for each seed's result."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -11,19 +12,45 @@ from matplotlib.figure import Figure
 COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 
 
-def draw_figure(result: dict, path: Path) -> None:
-    """``result`` is what :func:`nca_kernels.experiments.demo.run_demo` returns."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw_curves(curves: dict[str, list[dict]], path: Path) -> None:
+    """The paper's Figure 2. ``curves``: for each method those of its seeds, ``steps``, ``chosen`` and ``rejected``.
+
+    A line is the mean over the seeds; the band goes from the lowest to the highest.
+    """
+    figure = _figure(9, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
     for axes, which in zip(panels, ("chosen", "rejected"), strict=True):
-        for (name, run), color in zip(result["results"].items(), COLORS, strict=False):
-            axes.plot(run["curves"]["steps"], run["curves"][which], color=color, label=name, linewidth=1.8)
-        start = next(iter(result["results"].values()))["curves"][which][0]
-        axes.axhline(start, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+        for (name, seeds), color in zip(curves.items(), COLORS, strict=False):
+            steps, values = seeds[0]["steps"], np.array([seed[which] for seed in seeds])
+            axes.plot(steps, values.mean(0), color=color, label=name, linewidth=1.8)
+            axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
+        axes.axhline(values[:, 0].mean(), color="0.6", linewidth=0.8, linestyle="--", zorder=0)
         axes.set_title(f"{which} responses", loc="left", fontsize=10)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("log-probability, held-out")
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def draw_points(results: dict[str, list[float]], label: str, path: Path) -> None:
+    """A row for each method, a point for each seed, a bar at their mean; ``label`` says what is measured."""
+    figure = _figure(7, 0.9 + 0.36 * len(results))
+    axes = figure.subplots()
+    for row, values in enumerate(results.values()):
+        axes.plot(values, [row] * len(values), "o", color=COLORS[0], alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot(np.mean(values), row, "|", color=COLORS[2], markersize=16, markeredgewidth=2)
+    axes.set_yticks(range(len(results)), results)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

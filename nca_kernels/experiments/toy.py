@@ -1,6 +1,7 @@
-"""The toy world of the demo and of the small experiments: sums to work out, a tiny Llama, and rewarded samples of it.
+"""A tiny Llama, taught from nothing, and rewarded samples of it.
 
-The reward is a known function of a response's digits, so whether one model is better than another is exact.
+The reward is a known function of a response (:mod:`~nca_kernels.experiments.tasks`), so whether one model is better than
+another is exact.
 """
 
 from __future__ import annotations
@@ -15,38 +16,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nca_kernels import linear_sequence_logps, sequence_logps
 
-DIGITS = 3
-CHARS = "0123456789+="
-ANSWER_LENGTH = DIGITS + 1
+from .tasks import CHARS, Task
+
 IGNORED = -100
 # Rows of a forward without gradients: enough to fill the cores, few enough to stay in their caches.
 ROWS = 512
-
-
-def draw_sums(n: int, generator: torch.Generator) -> Tensor:
-    """``n`` different pairs of operands, [n, 2]."""
-    low, span = 10 ** (DIGITS - 1), 9 * 10 ** (DIGITS - 1)
-    drawn = torch.randperm(span * span, generator=generator)[:n]
-    return low + torch.stack([drawn // span, drawn % span], dim=1)
-
-
-def prompts(sums: Tensor) -> Tensor:
-    """``123+456=`` as tokens, [n, P]."""
-    return _tokens([f"{a}+{b}=" for a, b in sums.tolist()])
-
-
-def answers(sums: Tensor) -> Tensor:
-    """``0579`` as tokens, [n, R]: of one length, so that no prompt or response needs padding."""
-    return _tokens([f"{a + b:0{ANSWER_LENGTH}}" for a, b in sums.tolist()])
-
-
-def _tokens(texts: list[str]) -> Tensor:
-    return torch.tensor([[CHARS.index(char) for char in text] for text in texts])
-
-
-def share_of_right_digits(sums: Tensor, responses: Tensor) -> Tensor:
-    """The reward of responses [n, K, R], in [0, 1], [n, K]."""
-    return (responses == answers(sums)[:, None]).float().mean(-1)
 
 
 def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
@@ -61,7 +35,7 @@ def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
         intermediate_size=4 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=16,
+        max_position_embeddings=32,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.06,
         bos_token_id=None,
@@ -72,7 +46,9 @@ def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def teach(model: LlamaForCausalLM, sums: Tensor, *, batch_size: int, target: float, progress: bool) -> list[float]:
+def teach(
+    model: LlamaForCausalLM, task: Task, problems: Tensor, *, batch_size: int, target: float, progress: bool
+) -> list[float]:
     """Supervised fine-tuning on the right answers, each seen once, until the loss per token is down to ``target``.
 
     Returns the losses. The loss falls steeply once the carry is understood, and when that is differs with the data's
@@ -81,9 +57,9 @@ def teach(model: LlamaForCausalLM, sums: Tensor, *, batch_size: int, target: flo
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.03, total_iters=30)
     losses, recent = [], deque(maxlen=10)
-    bar = tqdm(sums.split(batch_size), desc=f"supervised, to a loss of {target}", disable=not progress)
+    bar = tqdm(problems.split(batch_size), desc=f"supervised, to a loss of {target}", disable=not progress)
     for batch in bar:
-        tokens, labels = sequences(prompts(batch), answers(batch)[:, None])
+        tokens, labels = sequences(task.prompts(batch), task.answers(batch)[:, None])
         loss = model(tokens[:, 0], labels=labels[:, 0], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,35 +80,29 @@ def sequences(prompts: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([repeated, responses], -1), torch.cat([torch.full_like(repeated, IGNORED), responses], -1)
 
 
-def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path: str) -> Tensor:
-    """The log-probabilities of the responses of rows [n, K, T], [n, K]."""
-    hidden = model.model(tokens.flatten(0, 1), use_cache=False).last_hidden_state
-    return head_logps(model, hidden, labels, path)
-
-
-def head_logps(model: LlamaForCausalLM, hidden: Tensor, labels: Tensor, path: str) -> Tensor:
-    """From the hidden states [n * K, T, D] to log-probabilities [n, K]: without logits (``linear``), or with them."""
-    rows = labels.flatten(0, 1)
-    if path == "linear":
-        logps = linear_sequence_logps(hidden, model.lm_head.weight, rows, shift=1)
-    else:
-        logps = sequence_logps(model.lm_head(hidden), rows, shift=1)
-    return logps.view(labels.shape[:2])
-
-
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, generator: torch.Generator) -> Tensor:
-    """K responses a prompt, drawn at temperature 1, [n, K, R]. The prompt is computed once."""
+def sample(
+    model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, generator: torch.Generator | None
+) -> Tensor:
+    """K responses a prompt of ``length`` tokens, drawn at temperature 1, or the likeliest tokens if there is no generator.
+
+    [n, K, length]. The prompt is computed once.
+    """
+
+    def draw(logits: Tensor) -> Tensor:
+        if generator is None:
+            return logits.argmax(-1, keepdim=True)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
     responses = []
     for batch in prompts.split(max(ROWS // K, 1)):
         cache = DynamicCache(config=model.config)
         logits = model(batch, past_key_values=cache).logits[:, -1].repeat_interleave(K, dim=0)
         cache.batch_repeat_interleave(K)
-        drawn = [torch.multinomial(logits.softmax(-1), 1, generator=generator)]
-        while len(drawn) < ANSWER_LENGTH:
-            logits = model(drawn[-1], past_key_values=cache).logits[:, -1]
-            drawn.append(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-        responses.append(torch.cat(drawn, dim=1).view(len(batch), K, ANSWER_LENGTH))
+        drawn = [draw(logits)]
+        while len(drawn) < length:
+            drawn.append(draw(model(drawn[-1], past_key_values=cache).logits[:, -1]))
+        responses.append(torch.cat(drawn, dim=1).view(len(batch), K, length))
     return torch.cat(responses)
 
 
@@ -148,29 +118,46 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def pick(self, *index: Tensor) -> Preferences:
-        """These rows or, with a second index, these responses of them."""
+    def ends(self) -> Preferences:
+        """A best and a worst response of each prompt."""
+        index = torch.arange(len(self))[:, None], torch.stack([self.scores.argmax(1), self.scores.argmin(1)], 1)
         return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
+
+    def rows(self) -> list[dict]:
+        """As :class:`~nca_kernels.integrations.trainer.NCATrainer` takes them."""
+        start = int((self.labels[0, 0] == IGNORED).sum())
+        columns = self.tokens[:, 0, :start], self.tokens[..., start:], self.scores, self.ref_logps
+        names = "prompt_ids", "response_ids", "scores", "ref_logps"
+        return [dict(zip(names, row, strict=True)) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 @torch.no_grad()
-def all_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path: str) -> Tensor:
-    """:func:`response_logps` of any number of rows, in batches and without a gradient."""
-    n = max(ROWS // tokens.shape[1], 1)
-    batches = zip(tokens.split(n), labels.split(n), strict=True)
-    return torch.cat([response_logps(model, *batch, path) for batch in batches])
+def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path: str) -> Tensor:
+    """The log-probs of the responses of rows [n, K, T], [n, K]: without logits (path ``linear``), or with them."""
+    logps = []
+    for batch, scored in zip(tokens.flatten(0, 1).split(ROWS), labels.flatten(0, 1).split(ROWS), strict=True):
+        hidden = model.model(batch, use_cache=False).last_hidden_state
+        if path == "linear":
+            logps.append(linear_sequence_logps(hidden, model.lm_head.weight, scored, shift=1))
+        else:
+            logps.append(sequence_logps(model.lm_head(hidden), scored, shift=1))
+    return torch.cat(logps).view(labels.shape[:2])
 
 
-def collect(model: LlamaForCausalLM, sums: Tensor, K: int, generator: torch.Generator, path: str) -> Preferences:
-    """K rewarded samples of ``model``, the reference, for each sum; without sums whose samples all score alike."""
-    responses = sample(model, prompts(sums), K, generator)
-    scores = share_of_right_digits(sums, responses)
+def collect(
+    model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator, path: str
+) -> Preferences:
+    """K rewarded samples of ``model``, the reference, for each problem; without problems whose samples all score alike."""
+    responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
+    scores = task.rewards(problems, responses)
     differ = scores.amax(1) > scores.amin(1)
-    tokens, labels = sequences(prompts(sums[differ]), responses[differ])
-    return Preferences(tokens, labels, scores[differ], all_logps(model, tokens, labels, path))
+    if not differ.any():
+        raise ValueError(f"model: all {K} samples of each of {len(problems)} problems score alike: there is nothing to learn from")
+    tokens, labels = sequences(task.prompts(problems[differ]), responses[differ])
+    return Preferences(tokens, labels, scores[differ], response_logps(model, tokens, labels, path))
 
 
-def evaluate(model: LlamaForCausalLM, sums: Tensor, seed: int) -> dict[str, float]:
-    """Mean reward and share of exact answers of one sample a prompt."""
-    scores = share_of_right_digits(sums, sample(model, prompts(sums), 1, torch.Generator().manual_seed(seed)))
-    return {"reward": scores.mean().item(), "exact": (scores == 1).float().mean().item()}
+def rewards(model: LlamaForCausalLM, task: Task, problems: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The reward of one sample a problem, or without a generator of the likeliest tokens, [n]."""
+    responses = sample(model, task.prompts(problems), 1, task.answers(problems).shape[1], generator)
+    return task.rewards(problems, responses)[:, 0]

@@ -1,0 +1,87 @@
+"""The paper's experiments in small: ``nca-kernels reproduce``. Every run is kept as it ends, and is done once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from tqdm import tqdm
+
+from . import runs
+from .align import Method
+from .reports import REPORTS, Outcome, Outcomes
+from .runs import Settings
+from .search import Contender
+from .world import Size
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is. A seed stands for all that is random: problems, model, samples, batches."""
+
+    size: Size = Size(taught=700 * 64, probed=200, validated=2000, tested=2000)
+    draws: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+
+# Of the chains this teaches no more than what digits are likely: one result in some hundreds is right, by luck.
+QUICK = Scale(
+    Size(hidden_size=16, taught=50 * 64, rewarded=1000, probed=1000, validated=20, tested=20, steps=4, batch_size=4),
+    draws=1,
+    seeds=(0,),
+)
+
+
+def run(what: str, out: Path, quick: bool = False) -> None:
+    """Do the runs that ``out/runs`` lacks; write ``out/NAME.md`` and ``out/NAME.png`` of each table or figure."""
+    scale = QUICK if quick else Scale()
+    torch.set_num_threads(1)  # a run's numbers hang on the order of its sums
+    datasets.disable_progress_bars()  # each run would show some
+    names = list(REPORTS) if what == "all" else [what]
+    out.mkdir(parents=True, exist_ok=True)
+    contenders = list(dict.fromkeys(contender for name in names for contender in REPORTS[name].contenders))
+    outcomes = compare(contenders, out / "runs", scale)
+    for name in names:
+        report = REPORTS[name]
+        compared = {contender.name: outcomes[contender.name] for contender in report.contenders}
+        table = report.table(compared)
+        (out / f"{name}.md").write_text(table)
+        report.draw(compared, out / f"{name}.png")
+        print(f"\n{name}: {out / name}.md, {out / name}.png, {out / 'runs'}\n\n{table}")
+
+
+def compare(contenders: list[Contender], folder: Path, scale: Scale) -> Outcomes:
+    """Tune each contender, then run it at its best with every seed."""
+    trials = {contender: contender.trials(scale.draws, scale.size) for contender in contenders}
+    total = sum(map(len, trials.values())) + len(contenders) * len(scale.seeds)
+    # The average over all runs so far: worlds come at irregular times.
+    with tqdm(total=total, desc="runs", smoothing=0) as bar:
+        searched = _do(trials, folder, bar)
+        tuned: dict[str, Method | None] = {}
+        for contender in contenders:
+            tuned[contender.name] = contender.tuned(searched[contender], tuned)
+        tests = {
+            contender: [Settings(contender.task, tuned[contender.name], seed, "test", scale.size) for seed in scale.seeds]
+            for contender in contenders
+        }
+        tested = _do(tests, folder, bar)
+    return {
+        contender.name: Outcome(contender, tuned[contender.name], searched[contender], tested[contender])
+        for contender in contenders
+    }
+
+
+def _do(wanted: dict[Contender, list[Settings]], folder: Path, bar: tqdm) -> dict[Contender, list[dict]]:
+    """The records of all these runs, done in an order in which those of one world follow each other."""
+    everything = [settings for of_one in wanted.values() for settings in of_one]
+    for settings in sorted(everything, key=lambda settings: (settings.task != "sums", settings.seed)):
+        if runs.stored(settings, folder):
+            bar.total -= 1  # the time left is that of the runs that are to be done
+            bar.refresh()
+            continue
+        bar.set_postfix_str(settings.name)
+        runs.store(runs.execute(settings), settings, folder)
+        bar.update()
+    return {contender: [runs.stored(settings, folder) for settings in of_one] for contender, of_one in wanted.items()}

@@ -1,0 +1,78 @@
+"""What the small models learn: arithmetic, written out, whose reward is a known function of the response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHARS = "0123456789+="
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems of ``operands`` numbers with ``digits`` digits each, [n, operands].
+
+    All prompts are of one length and all responses are, so that neither needs padding nor an end.
+    """
+
+    digits: int
+    operands: int
+    levels: int  # a reward is a whole number of 1 / levels
+    target_loss: float  # per token, at which about half of a model's samples are right
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` different problems."""
+        low, span = 10 ** (self.digits - 1), 9 * 10 ** (self.digits - 1)
+        drawn = torch.randperm(span**self.operands, generator=generator)[:n]
+        return low + torch.stack([drawn // span**place % span for place in reversed(range(self.operands))], dim=1)
+
+    def prompts(self, problems: Tensor) -> Tensor:
+        """Tokens, [n, P]."""
+        return _tokens(["+".join(map(str, problem)) + "=" for problem in problems.tolist()])
+
+    def answers(self, problems: Tensor) -> Tensor:
+        """The right responses' tokens, [n, R]."""
+        return _tokens([self._answer(*problem) for problem in problems.tolist()])
+
+    def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
+        """Of responses [n, K, R], in [0, 1], [n, K]."""
+        raise NotImplementedError
+
+    def _answer(self, *numbers: int) -> str:
+        raise NotImplementedError
+
+
+class Sums(Task):
+    """``123+456=`` wants ``0579``; the reward is the share of right digits."""
+
+    def __init__(self) -> None:
+        super().__init__(digits=3, operands=2, levels=4, target_loss=0.25)
+
+    def _answer(self, a: int, b: int) -> str:
+        return f"{a + b:04}"
+
+    def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
+        return (responses == self.answers(problems)[:, None]).float().mean(-1)
+
+
+class Chains(Task):
+    """``47+85+36=`` wants the step and then the result, ``132+36=168``; the reward is 1 if the result is right, else 0."""
+
+    def __init__(self) -> None:
+        super().__init__(digits=2, operands=3, levels=1, target_loss=0.1)
+
+    def _answer(self, a: int, b: int, c: int) -> str:
+        return f"{a + b:03}+{c}={a + b + c:03}"
+
+    def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
+        result = self.answers(problems)[:, None, -3:]
+        return (responses[..., -3:] == result).all(-1).float()
+
+
+TASKS = {"sums": Sums(), "chains": Chains()}
+
+
+def _tokens(texts: list[str]) -> Tensor:
+    return torch.tensor([[CHARS.index(char) for char in text] for text in texts])
