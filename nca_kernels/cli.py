@@ -11,7 +11,7 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nca-kernels", description=__doc__.split("\n")[0].split(":")[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (_add_train, _add_score, _add_doctor, _add_demo):
+    for add_command in (_add_train, _add_score, _add_doctor, _add_demo, _add_reproduce):
         add_command(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -133,3 +133,22 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .experiments.demo import QUICK, Size, run_demo
 
     run_demo(arguments.out, path=arguments.path, seed=arguments.seed, size=QUICK if arguments.quick else Size())
+
+
+def _add_reproduce(commands: argparse._SubParsersAction) -> None:
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="the paper's experiments in small: about an hour, continued where it stopped",
+        description="The paper's Figure 2 and Tables 1 to 3 on small models and generated data. Every run is kept in OUT/runs "
+        "as it ends; a later call does those that are missing.",
+    )
+    reproduce.add_argument("what", nargs="?", choices=("figure2", "table1", "table2", "table3", "all"), default="all")
+    reproduce.add_argument("--out", type=Path, default=Path("out/reproduce"), help="the output folder (%(default)s)")
+    reproduce.add_argument("--quick", action="store_true", help="one seed and a few steps, as a check")
+    reproduce.set_defaults(run=_reproduce)
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from .experiments.reproduce import run
+
+    run(arguments.what, arguments.out, arguments.quick)
