@@ -70,7 +70,9 @@ def train(trainer: NCATrainer) -> None:
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
     _speaker(config)(f"saved    {config.output_dir}")
 
 
@@ -109,8 +111,15 @@ def _loss(config: NCAConfig, preference: bool) -> str:
 
 
 def _batch(config: NCAConfig) -> str:
-    sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.world_size)
-    return f"{sizes[0] * sizes[1] * sizes[2]} prompts: {sizes[0]} at a time, {sizes[1]} times, on {sizes[2]} processes"
+    device, accumulated, processes = (
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        config.world_size,
+    )
+    return (
+        f"{device * accumulated * processes} prompts a step: {device} at a time, accumulation {accumulated}, "
+        f"processes {processes}"
+    )
 
 
 def _kernels(config: NCAConfig, dtype: torch.dtype) -> str:

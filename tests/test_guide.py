@@ -1,0 +1,159 @@
+"""docs/guide.md, as a new user follows it: its files, its commands and its Python, with a tiny model for the one it names."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from nca_kernels import cli
+from nca_kernels.integrations.config import NCAConfig
+from nca_kernels.integrations.run_config import Sources
+
+pytestmark = pytest.mark.usefixtures("default_dispatch")
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
+MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+
+
+def commands(start):
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A folder with the guide's files in it, and a tiny model under the name that the guide's has."""
+    folder = tmp_path_factory.mktemp("user")
+    save_tiny_model(folder / MODEL)
+    files = re.findall(r"^`([\w-]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
+    assert [name for name, _ in files] == ["train.jsonl", "heldout.jsonl", "run.yaml", "lora.yaml", "fsdp2.yaml"]
+    for name, content in files:
+        (folder / name).write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The model is too small for two, and waiting for each other takes ten times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def in_the_users_folder(user, monkeypatch):
+    monkeypatch.chdir(user)
+
+
+def test_its_commands_run_one_after_another(user, capsys):
+    ours = commands("nca-kernels ")
+    assert [line.split()[1] for line in ours] == ["doctor", "train", "train", "score", "train", "score"]
+    for line in ours:
+        on_any_machine = ["--use_cpu", "true"] if "train" in line else []
+        assert cli.main([*shlex.split(line)[1:], *on_any_machine]) == 0, line
+    printed = capsys.readouterr().out
+    (shown,) = blocks("text")
+    assert shown in printed and "loss     info_nca, beta 0.3, alpha 2, at most 2 responses of a prompt" in printed
+    before, whole, lora = (AutoModelForCausalLM.from_pretrained(name) for name in (MODEL, "aligned", "aligned-lora"))
+    ids = torch.arange(10)[None]
+    assert not torch.equal(before(ids).logits, whole(ids).logits)
+    assert not torch.equal(before(ids).logits, lora(ids).logits)
+    for name in ("scored.jsonl", "scored-lora.jsonl"):
+        rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        assert len(rows) == 2 and any(reward != 0 for row in rows for reward in row["rewards"])
+    plots = {path.stem for path in Path("aligned/plots").iterdir()}
+    metrics = set(json.loads(Path("aligned/trainer_state.json").read_text())["log_history"][0])
+    named = set(re.findall(r"`((?:loss|rewards|logps|kl)[\w/]*)`", GUIDE.split("## What to look at")[1].split("## From Python")[0]))
+    assert named and named <= metrics
+    assert {"loss", "rewards_rank", "rewards_accuracy", "logps_best_change"} <= plots
+
+
+def test_its_python_runs(user):
+    trainer, tie_break = blocks("python")
+    exec(trainer, {})
+    assert (user / "aligned-python" / "model.safetensors").exists()
+    exec(tie_break, {})
+    assert json.loads((user / "with-tie-break.jsonl").read_text())["score_A0"] == 9.01
+
+
+def test_two_processes_print_once_and_end_as_one_does(user):
+    (line,) = commands("accelerate launch ")
+    words = shlex.split(line)[1:]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("data     train.jsonl") == done.stdout.count("saved    aligned-two") == 1
+    assert "processes 2" in done.stdout
+    # One process that takes the two's prompts at a time makes the same steps.
+    assert cli.main(["train", "run.yaml", "--use_cpu", "true", "--per_device_train_batch_size", "4", "--output_dir", "one"]) == 0
+    two, one = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("aligned-two", "one"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+def test_failed_runs_say_why_in_one_line(user, capsys):
+    bad = user / "bad.jsonl"
+    bad.write_text((user / "train.jsonl").read_text() + '{"prompt": "q", "responses": ["a", "b"], "scores": [1]}\n')
+    for words, message in (
+        (["--data", "bad.jsonl"], "bad.jsonl: row 7, column scores: got 1 scores for 2 responses"),
+        (["--data", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["--model", "./gone"], "'./gone' is no folder or hub name that loads"),
+        (["--eval_data", "null"], "eval_dataset"),
+        (["--lora", "{target_modules: [lm_head]}"], "If that is LoRA on the head, leave it out of target_modules"),
+    ):
+        assert cli.main(["train", "run.yaml", "--output_dir", "failed", *words]) == 1, words
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nca-kernels train: ")]
+        assert message in line
+    assert cli.main(["train", "run.yaml", "--data", "bad.jsonl", "--skip_bad_rows", "true", "--max_steps", "1"]) == 0
+    assert "bad.jsonl: 6 prompts, 17 responses, K = 2 to 4; 1 bad rows skipped" in capsys.readouterr().out
+
+
+def test_preferences_take_alpha_0_unless_told(user, capsys):
+    row = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
+    (user / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (user / "pairs.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": "pairs.jsonl", "output_dir": "pairs", "max_steps": 1}))
+    for words, alpha in (([], "alpha 0 (chosen and rejected: a preference)"), (["--alpha", "0.5"], "alpha 0.5 ")):
+        assert cli.main(["train", "pairs.yaml", *words]) == 0
+        assert alpha in capsys.readouterr().out
+
+
+def test_the_tables_name_keys_that_exist():
+    ours = {field.name for kind in (NCAConfig, Sources) for field in dataclasses.fields(kind)}
+    for title in ("## From the authors' YAML", "## From TRL's DPOTrainer"):
+        section = GUIDE.split(title)[1].split("\n## ")[0]
+        rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]
+        assert len(rows) > 10
+        for _, here in rows:
+            named = re.findall(r"`([a-z]\w+)(?::[^`]*)?`", here)
+            assert set(named) - {"from_pretrained", "info_nca", "dpo", "precompute"} <= ours, here
+
+
+def test_the_table_of_trl_names_its_keys():
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    fields = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    losses = trl.DPOConfig.__doc__
+    section = GUIDE.split("## From TRL's DPOTrainer")[1]
+    for theirs, _ in re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]:
+        for key, value in re.findall(r"`(\w+)(?:: (\w+))?`", theirs):
+            assert key in fields
+            assert key != "loss_type" or not value or f"'{value}'" in losses
