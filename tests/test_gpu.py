@@ -1,0 +1,164 @@
+"""What an interpreter and an emulator cannot show: sizes past 32 bits, launches, streams, devices, compilers."""
+
+import pytest
+import torch
+from oracle import assert_no_worse, plain_token_logps, value_and_grad
+
+import nca_kernels
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.fixture
+def gpu(kernels):
+    if kernels.device.type != "cuda":
+        pytest.skip("a CPU backend")
+    yield kernels
+    torch.cuda.empty_cache()  # gigabytes, which the next test wants
+
+
+def _needs(gib):
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"{gib} GiB of GPU memory are needed, {free:.0f} are free")
+
+
+def _assert_rows_right(backend, logits, labels, rows, tol=1e-6):
+    """Values and gradients of these rows, computed with all the others around them."""
+    upstream = torch.randn(labels.shape, device="cuda")
+    leaf = logits.requires_grad_()
+    logps = nca_kernels.token_logps(leaf, labels, backend=backend)
+    (grad,) = torch.autograd.grad(logps, leaf, upstream)
+    few, few_labels, few_upstream = logits.detach()[rows], labels[rows], upstream[rows]
+    truth = value_and_grad(lambda x: plain_token_logps(x, few_labels, compute=torch.float64), few, few_upstream)
+    peer = value_and_grad(lambda x: plain_token_logps(x, few_labels), few, few_upstream)
+    assert_no_worse(logps.detach()[rows], truth[0], peer[0], tol, "logps")
+    assert_no_worse(grad[rows], truth[1], peer[1], max(tol, torch.finfo(logits.dtype).eps / 2), "dlogits")
+
+
+def test_more_than_2_31_elements(gpu):
+    _needs(12)
+    V = 128256
+    M = 2**31 // V + 100  # the last rows begin past element 2^31
+    logits = torch.randn(M, V, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(V, (M,), device="cuda")
+    _assert_rows_right(gpu.name, logits, labels, torch.tensor([0, M // 2, M - 2, M - 1], device="cuda"))
+
+
+def test_strides_past_2_31_elements(gpu):
+    _needs(10)
+    V = 1000
+    storage = torch.empty(2**31 + 2 * V, device="cuda", dtype=torch.bfloat16)
+    logits = storage.as_strided((2, V), (2**31, 1)).normal_()
+    labels = torch.randint(V, (2,), device="cuda")
+    truth = plain_token_logps(logits, labels, compute=torch.float64)
+    ours = nca_kernels.token_logps(logits, labels, backend=gpu.name)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_more_rows_than_a_grids_second_dimension(gpu):
+    M, V = 70_000, 1000
+    logits = torch.randn(M, V, device="cuda")
+    labels = torch.randint(V, (M,), device="cuda")
+    _assert_rows_right(gpu.name, logits, labels, torch.tensor([0, 65534, 65535, 65536, M - 1], device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_sequences_of_8192_tokens_at_a_large_vocabulary(gpu, dtype):
+    """Against float64: a sum of 8192 log-probs of about -14 keeps 7 digits in float32."""
+    _needs(16)
+    T, V = 8192, 151936
+    logits = (2 * torch.randn(1, T, V, device="cuda", dtype=torch.float32)).to(dtype)
+    labels = torch.randint(V, (1, T), device="cuda")
+    ours = nca_kernels.sequence_logps(logits, labels, backend=gpu.name)
+    parts = zip(logits[0].split(512), labels[0].split(512), strict=True)  # float64 logits of all are 10 GB
+    truth = sum(plain_token_logps(x, y, compute=torch.float64).sum() for x, y in parts)
+    assert abs(ours.item() - truth.item()) < 1e-6 * abs(truth.item())
+    _assert_rows_right(gpu.name, logits[0], labels[0], torch.arange(0, T, 1000, device="cuda"))
+
+
+def test_work_goes_to_the_current_stream(gpu):
+    """On another stream, behind a write that is late: read on the wrong stream, the logits would be the old ones."""
+    logits = torch.zeros(64, 32000, device="cuda")
+    labels = torch.zeros(64, dtype=torch.int64, device="cuda")
+    hidden, weight = torch.zeros(64, 32, device="cuda"), torch.zeros(32000, 32, device="cuda")
+    new = torch.randn_like(logits), torch.randn_like(hidden), torch.randn_like(weight)
+    wanted = plain_token_logps(new[0], labels), plain_token_logps(new[1] @ new[2].T, labels)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        torch.cuda._sleep(100_000_000)
+        for old, value in zip((logits, hidden, weight), new, strict=True):
+            old.copy_(value)
+        ours = nca_kernels.token_logps(logits, labels, backend=gpu.name)
+        linear = nca_kernels.linear_token_logps(hidden, weight, labels, backend=gpu.name)
+        loss = nca_kernels.nca_loss(ours.view(16, 4), ours.view(16, 4) + 1, ours.view(16, 4), backend=gpu.name).loss
+    torch.cuda.synchronize()
+    torch.testing.assert_close(ours, wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(linear, wanted[1], rtol=1e-2, atol=1e-2)  # TF32 may be on
+    again = nca_kernels.nca_loss(ours.view(16, 4), ours.view(16, 4) + 1, ours.view(16, 4), backend="torch").loss
+    torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-6)
+
+
+def test_the_tensors_device_is_used_not_the_current_one(gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here, two are needed")
+    logits = torch.randn(8, 1000, device="cuda:1", requires_grad=True)
+    labels = torch.randint(1000, (8,), device="cuda:1")
+    with torch.cuda.device(0):
+        logps = nca_kernels.token_logps(logits, labels, backend=gpu.name)
+        logps.sum().backward()
+        loss = nca_kernels.nca_loss(logps.detach().view(2, 4), logps.detach().view(2, 4), backend=gpu.name).loss
+        assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(logps.detach(), plain_token_logps(logits.detach(), labels), rtol=1e-5, atol=1e-5)
+    assert logits.grad.device == loss.device == torch.device("cuda:1")
+
+
+def test_a_cuda_graph_captures_the_linear_family(gpu):
+    """Under capture nothing may wait for the number of scored rows: all rows are kept, ignored ones left out by the kernels."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(1000, (2, 9), device="cuda")
+    labels[0, :4] = -100
+
+    def step():
+        logps = nca_kernels.linear_sequence_logps(hidden, weight, labels, shift=1, backend=gpu.name)
+        return logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        hidden.copy_(torch.randn_like(hidden))
+    graph.replay()
+    for replayed, wanted in zip(captured, step(), strict=True):
+        torch.testing.assert_close(replayed, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_torch_compile(gpu, mode):
+    """``max-autotune`` puts the compiled step into a CUDA graph of its own."""
+    logits = torch.randn(8, 33, 4097, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(4097, (8, 33), device="cuda")
+    ref_logps, scores = torch.randn(2, 2, 4, device="cuda")
+
+    def loss(logits):
+        logps = nca_kernels.sequence_logps(logits * 1.5, labels, shift=1, average=True, backend=gpu.name)
+        return nca_kernels.nca_loss(logps.view(2, 4), ref_logps, scores, backend=gpu.name).loss
+
+    torch._dynamo.reset()
+    function = torch.compile(loss, fullgraph=True, mode=mode)
+    wanted = loss(logits)
+    (wanted_grad,) = torch.autograd.grad(wanted, logits)
+    for _ in range(3):  # warm-up, capture, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        value = function(logits)
+        (grad,) = torch.autograd.grad(value, logits)
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, wanted_grad, rtol=2**-7, atol=1e-7)
