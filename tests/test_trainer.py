@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from architectures import tiny
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from test_data import tokenizer
 from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from nca_kernels import reference
 from nca_kernels.integrations.trainer import NCATrainer
@@ -72,3 +74,200 @@ def test_steps(loss, average, tmp_path):
     trainer = trained(tmp_path, rows, loss=loss, average=average)
     assert logged(trainer, "loss") == pytest.approx(losses, rel=2e-5)
     assert_same_weights(weights(trainer), wanted, tiny("llama").state_dict(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("loss", ["nca", "dpo", "kto"])
+def test_accumulation(loss, tmp_path):
+    """4 prompts at once, 2 x 2 and 4 x 1, with ragged K and an uneven end, are the same steps."""
+    rows = make_rows(11)
+    once = trained(tmp_path, rows, loss=loss)
+    for size in (2, 1):
+        parts = trained(
+            tmp_path, rows, loss=loss, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+        )
+        assert parts.state.global_step == once.state.global_step == 3
+        assert logged(parts, "loss") == pytest.approx(logged(once, "loss"), rel=1e-5)
+        assert_same_weights(weights(parts), weights(once), tiny("llama").state_dict(), rtol=2e-3)
+        for name in ("rewards/accuracy", "rewards/margin", "rewards/rank_2", "kl"):
+            # Not at the first step, where the rewards are the rounding of zeros.
+            assert logged(parts, name)[1:] == pytest.approx(logged(once, name)[1:], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["info_nca", "kto"])
+def test_share_prompt(loss, tmp_path):
+    rows = make_rows(9)
+    separate = trained(tmp_path / "separate", rows, loss=loss)
+    shared = trained(tmp_path / "shared", rows, loss=loss, share_prompt=True)
+    assert logged(shared, "loss") == pytest.approx(logged(separate, "loss"), rel=1e-5)
+    assert_same_weights(weights(shared), weights(separate), tiny("llama").state_dict(), rtol=2e-3)
+
+
+def test_share_prompt_is_checked_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match="share_prompt: MambaForCausalLM carries a state"):
+        NCATrainer(tiny("mamba"), config(tmp_path, share_prompt=True), with_ref_logps(make_rows(4), tiny("mamba")))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_it_learns(loss, tmp_path):
+    """The order of the rewards becomes that of the scores, by each loss."""
+    rows = make_rows(6)
+    options = {"num_train_epochs": 10, "optim": "adamw_torch", "learning_rate": 5e-3, "beta": 0.3, "alpha": 0.2, "pairs": "all"}
+    trainer = trained(tmp_path, rows, loss=loss, **options)
+    losses = logged(trainer, "loss")
+    assert sum(losses[-2:]) < sum(losses[:2])
+    assert logged(trainer, "rewards/accuracy")[0] == 0 and sum(logged(trainer, "rewards/accuracy")[-2:]) / 2 > 0.8
+
+
+def test_evaluate(tmp_path):
+    """A last batch of one prompt counts as one prompt; metrics against one batch of all."""
+    rows, held_out = make_rows(8), make_rows(9, seed=1)
+    trainer = trained(tmp_path, rows, eval_dataset=held_out, eval_strategy="epoch")
+    assert len(logged(trainer, "eval_loss")) == 1
+    metrics = trainer.evaluate()
+    policy, start = trainer.model.double(), tiny("llama").double()
+    losses, margins, changes, right, pairs = [], [], [], 0, 0
+    for row in held_out:
+        with torch.no_grad():
+            logps, ref = (plain_logps(model, row["prompt_ids"], row["response_ids"]) for model in (policy, start))
+        scores = torch.tensor(row["scores"])
+        loss, rewards = reference.group_loss("nca", logps[None], ref[None], scores[None], beta=0.1, alpha=1.0)
+        losses.append(float(loss))
+        best, worst = scores.argmax(), scores.argmin()
+        margins.append(float(rewards[0, best] - rewards[0, worst]))
+        changes.append(float(logps[best] - ref[best]))
+        for i in range(len(scores)):
+            for j in range(len(scores)):
+                pairs += int(scores[i] > scores[j])
+                right += int(scores[i] > scores[j] and rewards[0, i] > rewards[0, j])
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 9, rel=1e-5)
+    assert metrics["eval_rewards/margin"] == pytest.approx(sum(margins) / 9, rel=1e-3)
+    assert metrics["eval_logps/best_change"] == pytest.approx(sum(changes) / 9, rel=1e-3)
+    assert metrics["eval_rewards/accuracy"] == pytest.approx(right / pairs)
+
+
+def test_metrics_at_the_first_step(tmp_path):
+    """Policy and reference are one model."""
+    log = trained(tmp_path, make_rows(4)).state.log_history[0]
+    for name in ("rewards/rank_1", "rewards/rank_2", "rewards/margin", "logps/best_change", "kl"):
+        assert log[name] == 0
+    assert log["tokens_per_second"] > 0
+    assert 0 < log["loss_time_share"] < 1
+
+
+def test_evaluating_on_other_rows(tmp_path):
+    rows = make_rows(8)
+    scored = with_ref_logps(rows, tiny("llama"))
+    trainer = NCATrainer(tiny("llama"), config(tmp_path), rows, {"a": rows[:3], "b": rows[3:]})
+    before = trainer.evaluate()
+    assert before.keys() >= {"eval_a_loss", "eval_b_loss", "eval_b_rewards/rank_1"}
+    assert before["eval_a_logps/best_change"] == 0
+    trainer.train()
+    after = trainer.evaluate(scored[:3])
+    assert after["eval_loss"] == pytest.approx(trainer.evaluate()["eval_a_loss"], rel=1e-5) != before["eval_a_loss"]
+    with pytest.raises(ValueError, match="eval_dataset: rows without ref_logps, and the model is no longer the reference"):
+        trainer.evaluate(rows[:3])
+
+
+def test_num_responses(tmp_path):
+    rows = make_rows(30)
+    trainer = NCATrainer(tiny("llama"), config(tmp_path, num_responses=3), with_ref_logps(rows, tiny("llama")), rows[:4])
+    drawn = set()
+    for row, kept in zip(rows, trainer.train_dataset, strict=True):
+        places = [row["response_ids"].index(response) for response in kept["response_ids"]]
+        assert len(places) == min(3, len(row["scores"]))
+        assert kept["scores"] == [row["scores"][i] for i in places]
+        assert max(kept["scores"]) == max(row["scores"])
+        assert min(kept["scores"]) < max(row["scores"])
+        drawn.add(tuple(places))
+    assert len(drawn) > 8
+    assert trainer.eval_dataset["response_ids"] == trainer.train_dataset["response_ids"][:4]
+    again = NCATrainer(tiny("llama"), config(tmp_path, num_responses=3, seed=1), with_ref_logps(rows, tiny("llama")))
+    assert again.train_dataset["response_ids"] != trainer.train_dataset["response_ids"]
+
+
+def test_text_and_a_model_by_its_folder(tmp_path):
+    """Rows of text are tokenized here; what is saved loads again and gives the same log-probs."""
+    words = tokenizer()
+    model = tiny("llama", vocab_size=len(words))
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "the moth", "responses": ["ath", " oth"], "scores": [1.0, 0.2]}]
+    rows += [{"prompt": "a", "chosen": "th", "rejected": "t"}]
+    trainer = trained(tmp_path / "run", rows, str(tmp_path / "model"), processing_class=words, save_strategy="epoch")
+    assert trainer.train_dataset["response_ids"][1] == [[words.vocab[text], words.eos_token_id] for text in ("th", "t")]
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (saved / "model.safetensors").exists() and not list(saved.glob("pytorch_model*"))
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert_same_weights(dict(loaded.state_dict()), weights(trainer))
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(words)
+
+
+def test_plots(tmp_path):
+    rows = make_rows(8)
+    trainer = NCATrainer(tiny("llama"), config(tmp_path, eval_strategy="steps", eval_steps=1), rows, rows)
+    trainer.train()
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names >= {"loss.png", "rewards_rank.png", "rewards_accuracy.png", "kl.png", "tokens_per_second.png"}
+    assert "rewards_rank_1.png" not in names and "train_loss.png" not in names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss": "sft"}, "loss: got 'sft', wanted one of 'info_nca'"),
+        ({"beta": 0.0}, "beta: got 0.0, wanted a finite number > 0"),
+        ({"alpha": -1.0}, "alpha: got -1.0"),
+        ({"pairs": "some"}, "pairs: got 'some'"),
+        ({"num_responses": 1}, "num_responses: got 1, wanted an int >= 2"),
+        ({"reference": "none"}, "reference: got 'none'"),
+        ({"max_length": 3}, "max_length: got 3"),
+        ({"save_budget": -1}, "save_budget: got -1"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: got True"),
+    ],
+)
+def test_errors_of_the_config(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+ROW = {"prompt_ids": [3], "response_ids": [[4], [5]], "scores": [1.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "train_dataset: got no rows"),
+        ([ROW, {**ROW, "scores": [1.0]}], "train_dataset: row 2, column scores: wanted one number for each"),
+        ([{**ROW, "scores": [1.0, math.nan]}], "train_dataset: row 1, column scores: wanted finite"),
+        ([{**ROW, "ref_logps": [-1.0]}], "train_dataset: row 1, column ref_logps: wanted one"),
+        ([{**ROW, "ref_logps": [-1.0, -math.inf]}], "train_dataset: row 1, column ref_logps: wanted finite"),
+        ([{**ROW, "response_ids": [[4], []]}], "train_dataset: row 1, column response_ids: a response without tokens"),
+        ([ROW, {**ROW, "response_ids": []}], "train_dataset: row 2, column response_ids: no responses"),
+        ([{**ROW, "prompt_ids": []}], "train_dataset: row 1, column prompt_ids: no tokens"),
+        ([{"prompt_ids": [3]}], "train_dataset: got the columns prompt_ids, wanted response_ids, scores as well"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "processing_class: got None"),
+    ],
+)
+def test_errors_of_the_rows(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        NCATrainer(tiny("llama"), config(tmp_path), rows)
+
+
+def test_errors_of_other_arguments(tmp_path):
+    args = config(tmp_path)
+    with pytest.raises(TypeError, match="train_dataset: got str, wanted a datasets.Dataset or a list"):
+        NCATrainer(tiny("llama"), args, "train.jsonl")
+    with pytest.raises(TypeError, match="args: got TrainingArguments, wanted an NCAConfig"):
+        NCATrainer(tiny("llama"), TrainingArguments(str(tmp_path), use_cpu=True), [ROW])
+    with pytest.raises(TypeError, match="model: got int"):
+        NCATrainer(3, args, [ROW])
+    with pytest.raises(OSError, match="no/such/folder"):
+        NCATrainer("no/such/folder", args, [ROW])
+    with pytest.raises(ValueError, match="peft_config: model has an adapter already"):
+        NCATrainer(get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM")), args, [ROW], peft_config=LoraConfig())
+    with pytest.raises(ValueError, match="train_dataset: dataset: row 1, column scores: got 1 scores"):
+        bad = [{"prompt": "a", "responses": ["b", "c"], "scores": [1.0]}]
+        NCATrainer(tiny("llama"), args, bad, processing_class=tokenizer())
+    with pytest.raises(ValueError, match="train_dataset: got 1 row, wanted at least 2: kto"):
+        NCATrainer(tiny("llama"), config(tmp_path, loss="kto"), [ROW])

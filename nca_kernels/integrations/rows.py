@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from .config import NCAConfig
 from .data import load_groups
 from .tokens import tokenize_groups
+
+logger = logging.getLogger(__name__)
 
 # The last three only where there are some.
 COLUMNS = ("prompt_ids", "response_ids", "scores", "ref_logps", "mismatched_ids", "mismatched_ref_logps")
@@ -37,7 +40,10 @@ def prepare_rows(
         raise TypeError(f"{name}: got {type(rows).__name__}, wanted a datasets.Dataset or a list of rows")
     if len(rows) == 0:
         raise ValueError(f"{name}: got no rows")
-    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    if isinstance(rows, list):
+        # Dataset.from_list would drop the columns that the first row has not.
+        columns = dict.fromkeys(column for row in rows for column in row)
+        rows = Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
     if "prompt_ids" not in rows.column_names:
         rows = _tokenized(name, rows, tokenizer, args)
     columns = COLUMNS if args.loss == "kto" else COLUMNS[:4]
@@ -60,6 +66,8 @@ def _tokenized(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | No
         groups = load_groups(rows, skip_bad_rows=args.skip_bad_rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if groups.preference and args.alpha > 0 and args.loss in ("nca", "info_nca"):
+        logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, args.alpha)
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     return tokenize_groups(groups.rows, tokenizer, **limits).rows
 
