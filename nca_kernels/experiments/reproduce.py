@@ -21,14 +21,15 @@ from .world import Size
 class Scale:
     """How large a reproduction is. A seed stands for all that is random: problems, model, samples, batches."""
 
-    size: Size = Size(taught=700 * 64, probed=200, validated=2000, tested=2000)
+    # Half a minute on one core for a world, ten seconds for a run in it.
+    size: Size = Size(hidden_size=128, taught=700 * 64, rewarded=2800, probed=150, validated=2000, tested=2000, steps=150)
     draws: int = 8
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
-# Of the chains this teaches no more than what digits are likely: one result in some hundreds is right, by luck.
+# Taught so little, the model has one chain in some hundreds right, by luck: enough to have pairs.
 QUICK = Scale(
-    Size(hidden_size=16, taught=50 * 64, rewarded=1000, probed=1000, validated=20, tested=20, steps=4, batch_size=4),
+    Size(hidden_size=32, taught=120 * 64, rewarded=400, probed=200, validated=20, tested=20, steps=4, batch_size=4),
     draws=1,
     seeds=(0,),
 )

@@ -74,6 +74,7 @@ def execute(settings: Settings) -> dict:
         "greedy_exact": round((likeliest == 1).float().mean().item(), 5),
         "rewards": "".join(str(round(reward * task.levels)) for reward in sampled.tolist()),
         "curves": curves,
+        "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
