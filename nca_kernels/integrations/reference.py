@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @contextmanager
@@ -28,3 +29,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            # FSDP2 leaves its outermost weights gathered until a backward; an optimizer made now would take them for shards.
+            if isinstance(module, FSDPModule):
+                module.reshard()

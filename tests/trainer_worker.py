@@ -1,0 +1,89 @@
+"""One rank of test_trainer_ranks: a case by name, on gloo; the main rank saves what came out."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from architectures import tiny
+from peft import LoraConfig
+from training import config, make_rows, trained, weights
+
+from nca_kernels.integrations.trainer import NCATrainer
+
+
+def fsdp_on_the_cpu():
+    """accelerate shards on accelerators alone; here it is told that gloo's CPUs are some."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"])
+# PyTorch 2.13 crashes where it saves a sharded optimizer without state, as plain SGD; Adam with this epsilon is as smooth.
+FSDP = {"optim": "adamw_torch", "adam_epsilon": 0.1}
+CASES = {
+    "nca": {},
+    "accumulated": {"gradient_accumulation_steps": 2},
+    "kto": {"loss": "kto", "gradient_accumulation_steps": 2},
+    "lora": {"peft_config": LORA},
+    "model": {"loss": "info_nca", "reference": "model"},
+    "fsdp": FSDP,
+    "fsdp_accumulated": {**FSDP, "gradient_accumulation_steps": 2},
+    "fsdp_model": {**FSDP, "loss": "kto", "reference": "model"},
+    "fsdp_lora": {**FSDP, "peft_config": LORA},
+    "fsdp_share_prompt": {**FSDP, "share_prompt": True},
+}
+
+
+def run(case, folder, processes):
+    """What comes of a run of ``processes`` ranks: 4 prompts a step whatever their number, and an uneven end."""
+    options = dict(CASES[case])
+    size = 4 // options.get("gradient_accumulation_steps", 1) // processes
+    if case.startswith("fsdp") and processes > 1:
+        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    options |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": 4 // processes}
+    trainer = trained(folder / case, make_rows(11), eval_dataset=make_rows(5, seed=1), save_strategy="epoch", **options)
+    metrics = trainer.evaluate()
+    state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights(trainer).items()}
+    rows = trainer.train_dataset.to_list()
+    return {"weights": state, "log": trainer.state.log_history[:3], "eval": metrics, "rows": rows}
+
+
+def refused_on_a_cpu(folder):
+    """accelerate would run DistributedDataParallel in place of FSDP, without a word."""
+    try:
+        NCATrainer(tiny("llama"), config(folder, fsdp=True), make_rows(4))
+    except ValueError as error:
+        assert str(error).startswith("fsdp: accelerate shards no model on cpu"), error
+    else:
+        raise AssertionError("not refused")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, cases = Path(sys.argv[1]), sys.argv[2].split(",")
+    sharded = any(case.startswith("fsdp") for case in cases)
+    if sharded:
+        fsdp_on_the_cpu()
+    for case in cases:
+        outcome = run(case, folder / "ranks", int(os.environ["WORLD_SIZE"]))
+        if os.environ["RANK"] == "0":
+            torch.save(outcome, folder / f"{case}.pt")
+    if not sharded:
+        refused_on_a_cpu(folder)
+    dist.barrier()
+    dist.destroy_process_group()
+    # As in linear_worker: the interpreter's own exit now and then aborts over gloo's threads.
+    sys.stdout.flush()
+    os._exit(0)
