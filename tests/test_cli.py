@@ -201,6 +201,7 @@ def test_scores_without_a_reference_or_scores(models, capsys):
     ("arguments", "message"),
     [
         (["--model", "./gone", "--data", "data.jsonl"], "tokenizer: './gone' is no folder or hub name that loads"),
+        (["--model", ".", "--data", "data.jsonl"], "tokenizer: '.' is no folder or hub name that loads"),
         (["--model", "{model}", "--data", "gone.jsonl"], "gone.jsonl: no such file"),
         (["--model", "{model}", "--data", "bad.jsonl"], "bad.jsonl: row 3, column responses[1]: empty text"),
         (["--model", "{model}", "--data", "data.parquet"], "data: got data.parquet, wanted a .jsonl file"),
@@ -211,8 +212,8 @@ def test_failed_scores_say_why_in_one_line(models, arguments, message, capsys):
     write(*ROWS)
     write(ROWS[0], {**ROWS[1], "responses": [" 5", " "]}, path="bad.jsonl")
     assert cli.main(["score", *(word.format(model=models[0]) for word in arguments)]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nca-kernels score: ")]
-    assert message in line
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("nca-kernels score: ") and message in last
 
 
 # --- doctor ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import yaml
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,14 @@ def test_two_processes_print_once_and_end_as_one_does(user):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
 
 
+def test_accelerate_knows_the_keys_of_fsdp2():
+    with open("fsdp2.yaml") as file:
+        values = yaml.safe_load(file)
+    known = vars(launch_command_parser().parse_args(["script"]))
+    assert load_config_from_file("fsdp2.yaml").distributed_type == "FSDP"
+    assert set(values["fsdp_config"]) <= set(known) and values["fsdp_config"]["fsdp_version"] == 2
+
+
 def test_failed_runs_say_why_in_one_line(user, capsys):
     bad = user / "bad.jsonl"
     bad.write_text((user / "train.jsonl").read_text() + '{"prompt": "q", "responses": ["a", "b"], "scores": [1]}\n')
@@ -122,8 +132,8 @@ def test_failed_runs_say_why_in_one_line(user, capsys):
         (["--lora", "{target_modules: [lm_head]}"], "If that is LoRA on the head, leave it out of target_modules"),
     ):
         assert cli.main(["train", "run.yaml", "--output_dir", "failed", *words]) == 1, words
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nca-kernels train: ")]
-        assert message in line
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("nca-kernels train: ") and message in last
     assert cli.main(["train", "run.yaml", "--data", "bad.jsonl", "--skip_bad_rows", "true", "--max_steps", "1"]) == 0
     assert "bad.jsonl: 6 prompts, 17 responses, K = 2 to 4; 1 bad rows skipped" in capsys.readouterr().out
 

@@ -123,7 +123,7 @@ def _batch(config: NCAConfig) -> str:
 
 
 def _kernels(config: NCAConfig, dtype: torch.dtype) -> str:
-    dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else dtype
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, dtype)
     linear = resolve("linear_token_logps", None, config.device, dtype)
     group = resolve("group_loss", None, config.device, torch.float32)
     return f"linear_token_logps {linear}, group_loss {group}, on {config.device} (nca-kernels doctor says why)"
