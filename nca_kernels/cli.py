@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="nca-kernels", description=__doc__.split("\n")[0].split(":")[0])
+    parser = argparse.ArgumentParser(prog="nca-kernels", description="Align language models with scored responses.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add_command in (_add_train, _add_score, _add_doctor, _add_demo, _add_reproduce):
         add_command(commands)

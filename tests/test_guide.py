@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -84,10 +85,24 @@ def test_its_commands_run_one_after_another(user, capsys):
         rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
         assert len(rows) == 2 and any(reward != 0 for row in rows for reward in row["rewards"])
     plots = {path.stem for path in Path("aligned/plots").iterdir()}
-    metrics = set(json.loads(Path("aligned/trainer_state.json").read_text())["log_history"][0])
+    first = json.loads(Path("aligned/trainer_state.json").read_text())["log_history"][0]
+    assert first["loss"] == pytest.approx(math.log(4), rel=1e-5) and first["rewards/accuracy"] == 0
+    metrics = set(first)
     named = set(re.findall(r"`((?:loss|rewards|logps|kl)[\w/]*)`", GUIDE.split("## What to look at")[1].split("## From Python")[0]))
     assert named and named <= metrics
     assert {"loss", "rewards_rank", "rewards_accuracy", "logps_best_change"} <= plots
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(user, capsys):
+    words = ["train", "run.yaml", "--output_dir", "resumed", "--resume_from_checkpoint", "true"]
+    Path("resumed").mkdir()
+    assert cli.main(words) == 1
+    assert "resume_from_checkpoint: got true, and resumed has no checkpoint" in capsys.readouterr().err
+    assert cli.main([*words[:-2], "--num_train_epochs", "1"]) == 0
+    assert cli.main([*words, "--num_train_epochs", "2"]) == 0
+    logged = json.loads(Path("resumed/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4]
+    assert sorted(path.name for path in Path("resumed").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_its_python_runs(user):

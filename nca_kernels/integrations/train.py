@@ -8,6 +8,7 @@ from collections.abc import Callable
 import datasets
 import torch
 from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..dispatch import resolve
 from .config import NCAConfig
@@ -30,6 +31,10 @@ def prepare(run: Run) -> NCATrainer:
     """
     sources, config, given = run
     say = _speaker(config)
+    if config.resume_from_checkpoint is True:
+        config.resume_from_checkpoint = get_last_checkpoint(config.output_dir)
+        if config.resume_from_checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint: got true, and {config.output_dir} has no checkpoint")
     set_seed(config.seed)
     with config.main_process_first(desc="data"):
         train = load_groups(sources.data, split=sources.split, skip_bad_rows=config.skip_bad_rows)
@@ -39,7 +44,7 @@ def prepare(run: Run) -> NCATrainer:
     if train.preference and "alpha" not in given:
         config.alpha = 0.0
     tokenizer = load_tokenizer(sources.tokenizer or sources.model)
-    dtype = {} if sources.lora else {"dtype": torch.float32}
+    dtype = {"dtype": torch.float32} if sources.lora is None else {}
     model = load_model(sources.model, **{**dtype, **(sources.model_init_kwargs or {})})
     total = sum(p.numel() for p in model.parameters())
     say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
