@@ -13,22 +13,25 @@
 
 namespace nca {
 
-NCA_HOST_DEVICE static inline float sigmoid(float x) {
-  const float e = expf(-fabsf(x));  // never overflows
-  return (x >= 0 ? 1.f : e) / (1.f + e);
-}
-
-// log(1 + exp(x)) = -log sigmoid(-x)
-NCA_HOST_DEVICE static inline float softplus(float x) { return (x > 0 ? x : 0.f) + log1pf(expf(-fabsf(x))); }
+// sigmoid(x), sigmoid(-x), log(1 + exp(x)) = -log sigmoid(-x) and log(1 + exp(-x)), all from one exponential that never
+// overflows and without a cancellation.
+struct Logistic {
+  float sigmoid, sigmoid_minus, softplus, softplus_minus;
+  NCA_HOST_DEVICE explicit Logistic(float x) {
+    const float e = expf(-fabsf(x)), large = 1.f / (1.f + e), small = e / (1.f + e), rest = log1pf(e);
+    sigmoid = x >= 0 ? large : small;
+    sigmoid_minus = x >= 0 ? small : large;
+    softplus = (x > 0 ? x : 0.f) + rest;
+    softplus_minus = (x < 0 ? -x : 0.f) + rest;
+  }
+};
 
 // One prompt's rows of the inputs; the masked responses are never looked at, whatever they hold.
 struct Prompt {
   const GroupLoss& p;
   std::int64_t first;
   std::int64_t valid = 0;      // number of valid responses
-  std::int64_t ties = 0;       // how many share the best score
   float best = -INFINITY;      // best score
-  float score_sum = 0;         // sum exp((s - best) / alpha)
 
   NCA_HOST_DEVICE Prompt(const GroupLoss& loss, std::int64_t b) : p(loss), first(b * loss.K) {
     for (std::int64_t i = 0; i < p.K; ++i) {
@@ -36,11 +39,6 @@ struct Prompt {
       const float s = score(i);
       ++valid;
       best = s > best || s != s ? s : best;  // a NaN stays
-    }
-    for (std::int64_t i = 0; i < p.K; ++i) {
-      if (!is_valid(i)) continue;
-      ties += score(i) == best;
-      score_sum += score_exp(i);
     }
   }
 
@@ -55,7 +53,11 @@ struct Prompt {
     if (s == best) return 1.f;
     return p.alpha > 0 || s != s ? expf((s - best) / p.alpha) : 0.f;
   }
-  NCA_HOST_DEVICE float weight(std::int64_t i) const { return score_exp(i) / score_sum; }
+  NCA_HOST_DEVICE float score_exp_sum() const {
+    float sum = 0;
+    for (std::int64_t i = 0; i < p.K; ++i) sum += is_valid(i) ? score_exp(i) : 0.f;
+    return sum;
+  }
 
   NCA_HOST_DEVICE bool is_pair(std::int64_t i, std::int64_t j) const {
     return is_valid(j) && score(i) > score(j) && (p.pairs == kAll || score(i) == best);
@@ -85,10 +87,10 @@ NCA_HOST_DEVICE static inline float info_nca(const Prompt& q) {
   for (std::int64_t i = 0; i < q.p.K; ++i) {
     if (q.is_valid(i)) sum += expf(q.reward(i) - top);
   }
-  const float log_sum = logf(sum);
+  const float log_sum = logf(sum), score_sum = q.score_exp_sum();
   for (std::int64_t i = 0; i < q.p.K; ++i) {
     if (!q.is_valid(i)) continue;
-    const float r = q.reward(i) - top, w = q.weight(i);
+    const float r = q.reward(i) - top, w = q.score_exp(i) / score_sum;
     loss += w * (log_sum - r);
     q.put(i, q.p.beta * (expf(r) / sum - w));
   }
@@ -96,12 +98,14 @@ NCA_HOST_DEVICE static inline float info_nca(const Prompt& q) {
 }
 
 NCA_HOST_DEVICE static inline float nca_loss(const Prompt& q) {
+  const float score_sum = q.score_exp_sum();
   float loss = 0;
   for (std::int64_t i = 0; i < q.p.K; ++i) {
     if (!q.is_valid(i)) continue;
-    const float r = q.reward(i), w = q.weight(i);
-    loss += w * softplus(-r) + softplus(r) / q.valid;
-    q.put(i, q.p.beta * (sigmoid(r) / q.valid - w * sigmoid(-r)));
+    const Logistic at(q.reward(i));
+    const float w = q.score_exp(i) / score_sum;
+    loss += w * at.softplus_minus + at.softplus / q.valid;
+    q.put(i, q.p.beta * (at.sigmoid / q.valid - w * at.sigmoid_minus));
   }
   return loss;
 }
@@ -111,7 +115,10 @@ struct PairTerm {
 };
 
 NCA_HOST_DEVICE static inline PairTerm pair_term(const GroupLoss& p, float margin) {
-  if (p.name == kDPO) return {softplus(-margin), -sigmoid(-margin)};
+  if (p.name == kDPO) {
+    const Logistic at(margin);
+    return {at.softplus_minus, -at.sigmoid_minus};
+  }
   const float miss = margin - 0.5f / p.beta;
   return {miss * miss, 2.f * miss};
 }
@@ -119,10 +126,6 @@ NCA_HOST_DEVICE static inline PairTerm pair_term(const GroupLoss& p, float margi
 // Each response gathers its own derivative, as the better and as the worse one of its pairs.
 NCA_HOST_DEVICE static inline float pair_loss(const Prompt& q) {
   std::int64_t pairs = 0;
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
-    for (std::int64_t j = 0; j < q.p.K && q.is_valid(i); ++j) pairs += q.is_pair(i, j);
-  }
-  const float n = pairs ? pairs : 1;
   double loss = 0;  // K^2 terms: in float32 their sum was 10 ulp off at K = 67
   for (std::int64_t i = 0; i < q.p.K; ++i) {
     if (!q.is_valid(i)) continue;
@@ -133,12 +136,15 @@ NCA_HOST_DEVICE static inline float pair_loss(const Prompt& q) {
         const PairTerm term = pair_term(q.p, q.margin(i) - q.margin(j));
         loss += term.loss;
         slope += term.slope;
+        ++pairs;
       } else if (q.is_pair(j, i)) {
         slope -= pair_term(q.p, q.margin(j) - q.margin(i)).slope;
       }
     }
-    q.put(i, q.dmargin(i) * slope / n);
+    q.put(i, q.dmargin(i) * slope);
   }
+  const float n = pairs ? pairs : 1;
+  for (std::int64_t i = 0; i < q.p.K; ++i) q.p.dlogps[q.first + i] /= n;
   return loss / n;
 }
 
@@ -150,9 +156,9 @@ NCA_HOST_DEVICE static inline float kto(const Prompt& q) {
     if (!q.is_valid(i)) continue;
     const float sign = q.is_desirable(i) ? 1.f : -1.f;
     const float x = sign * q.p.beta * (q.log_ratio(i) - z);
-    const float term = sigmoid(-x);  // 1 - sigmoid(x), without the cancellation
-    loss += term / q.valid;
-    q.put(i, -sign * q.p.beta * term * sigmoid(x) / q.valid);
+    const Logistic at(x);
+    loss += at.sigmoid_minus / q.valid;  // 1 - sigmoid(x), without the cancellation
+    q.put(i, -sign * q.p.beta * at.sigmoid_minus * at.sigmoid / q.valid);
   }
   return loss;
 }

@@ -32,7 +32,7 @@ def boolean(name: str, value: object) -> None:
 
 def shape(name: str, value: Tensor, wanted: tuple[int, ...], of: str) -> None:
     """``ValueError`` unless ``value`` has exactly the shape ``wanted``, which is that ``of`` something."""
-    if value.shape != torch.Size(wanted):
+    if value.shape != wanted:
         raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {list(wanted)} ({of})")
 
 

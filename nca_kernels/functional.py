@@ -140,7 +140,7 @@ def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward,
         return reference.token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
     rows = _three_dimensional(logits)
     shape = rows.shape[:2]
-    logps, _stats = torch.ops.nca_kernels.token_logps(
+    logps, _stats = ops.token_logps(
         rows, labels.reshape(shape).contiguous(), ignore_index, scale, softcap, inplace_backward, name
     )
     return logps.view(labels.shape)
@@ -309,7 +309,7 @@ def _linear_token_logps(
     vocab_start, vocab_total = parallel.slice_of(len(weight), labels, group) if group else (0, len(weight))
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     mode = "none" if not any(needs) else "trained" if any(needs[1:]) else "frozen"
-    logps, *_ = torch.ops.nca_kernels.linear_token_logps(
+    logps, *_ = ops.linear_token_logps(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).contiguous(), vocab_start, vocab_total,
         ignore_index, scale, softcap, save_budget, mode, group, name,
     )  # fmt: skip

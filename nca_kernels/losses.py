@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, ops, reference
 from .dispatch import resolve
 
 LOSSES = tuple(reference.LOSSES)
@@ -103,7 +103,7 @@ def group_loss(
     ):
         if value is not None:
             check(argument, value)
-            checks.shape(argument, value, tuple(logps.shape), "that of logps")
+            checks.shape(argument, value, logps.shape, "that of logps")
             checks.same_device(argument, value, "logps", logps)
 
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
@@ -111,21 +111,27 @@ def group_loss(
     baseline = _baseline(baseline, logps.device, dtype)
     if scores is None:
         scores, alpha, mask = _column_zero_is_chosen(logps, mask)
-    tensors = [
-        None if value is None else value.detach().to(dtype).contiguous() for value in (ref_logps, scores, lengths)
-    ]
-    mask, desirable = (None if value is None else value.contiguous() for value in (mask, desirable))
-    logps = logps.to(dtype).contiguous()
+    logps = (logps if logps.dtype == dtype else logps.to(dtype)).contiguous()
+    ref_logps, scores, lengths = _constant(ref_logps, dtype), _constant(scores, dtype), _constant(lengths, dtype)
+    mask, desirable = _constant(mask, torch.bool), _constant(desirable, torch.bool)
     if name_of_backend == "torch":
         return _reference_group_loss(
-            name, logps, *tensors, mask, desirable, baseline, beta=beta, alpha=alpha, pairs=pairs, reduction=reduction
-        )
-    ref_logps, scores, lengths = tensors
-    loss, rewards, _dlogps = torch.ops.nca_kernels.group_loss(
-        name, logps, ref_logps, scores, mask, lengths, desirable, baseline, beta, alpha, pairs, reduction,
+            name, logps, ref_logps, scores, lengths, mask, desirable, baseline,
+            beta=beta, alpha=alpha, pairs=pairs, reduction=reduction,
+        )  # fmt: skip
+    loss, rewards, _dlogps = ops.group_loss(
+        logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction,
         name_of_backend,
     )  # fmt: skip
     return GroupLoss(loss, rewards)
+
+
+def _constant(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As the kernels read it; ``to`` is not asked where there is nothing to do, since the answer costs as much as 10 prompts."""
+    if value is None:
+        return None
+    value = value.detach() if value.requires_grad else value
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
 
 
 def _check_lengths(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nca_kernels
 
@@ -37,7 +38,7 @@ def test_opcheck_group_loss(kernels):
     for reduction in ("mean", "none"):
         torch.library.opcheck(
             OPS.group_loss,
-            ("nca", logps, ref_logps, scores, None, None, None, None, 0.1, 1.0, "all", reduction, kernels.name),
+            (logps, ref_logps, scores, None, None, None, None, "nca", 0.1, 1.0, "all", reduction, kernels.name),
         )
 
 
@@ -74,6 +75,32 @@ def test_compiles_packed_sequences(target):
 
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(loss, fullgraph=True)(logits), loss(logits), rtol=1e-6)
+
+
+def test_tracing_below_the_derivative_meets_the_operators(kernels):
+    """Fake tensors and make_fx: eager calls go to the derivative at once, and the operators must show all the same."""
+    inputs = [x.detach() for x in (*_token_arguments(kernels), *_group_arguments(kernels))]
+
+    def gradients(logits, labels, logps, *constants):
+        logits, logps = (x.detach().requires_grad_() for x in (logits, logps))
+        tokens = nca_kernels.token_logps(logits, labels, backend=kernels.name)
+        loss = nca_kernels.nca_loss(logps, *constants, backend=kernels.name).loss
+        return torch.autograd.grad(tokens.sum() + loss, (logits, logps))
+
+    traced = make_fx(gradients, tracing_mode="fake")(*inputs)
+    targets = [node.target for node in traced.graph.nodes]
+    for op in (OPS.token_logps, OPS.token_logps_bwd, OPS.group_loss):
+        assert targets.count(op.default) == 1
+    for ours, wanted in zip(traced(*inputs), gradients(*inputs), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_maps_the_operators(kernels):
+    logits, labels = _token_arguments(kernels, requires_grad=False)
+    stacked = torch.stack([logits, 2 * logits])
+    tokens = torch.func.vmap(lambda x: nca_kernels.token_logps(x, labels, backend=kernels.name))(stacked)
+    assert torch.equal(tokens[1], nca_kernels.token_logps(2 * logits, labels, backend=kernels.name))
 
 
 def test_second_derivatives_are_refused(kernels):

@@ -14,7 +14,8 @@ __device__ double warp_sum(double own) {
 }
 
 // One block even for thousands of prompts: a sum over several would take a second launch, or atomics and their order.
-__global__ void __launch_bounds__(kThreads) group_loss_fwd_kernel(const __grid_constant__ GroupLoss p) {
+// The 1 tells ptxas that it is alone: making room for three blocks, it spilled.
+__global__ void __launch_bounds__(kThreads, 1) group_loss_fwd_kernel(const __grid_constant__ GroupLoss p) {
   double own = 0;
   for (std::int64_t b = threadIdx.x; b < p.B; b += kThreads) {
     const float loss = group_loss_prompt(p, b);

@@ -61,23 +61,23 @@ class NativeBackend:
         """Which machine code it is, or why it does not load, for the user to read."""
         return self._import_error or f"built for {self._module.instruction_set()}"
 
-    def _launch(self, tensor: Tensor):
+    @staticmethod
+    def _launch(tensor: Tensor) -> tuple[int, int, int]:
+        """CPU threads; device and stream of a GPU."""
         if tensor.is_cuda:
-            stream = torch.cuda.current_stream(tensor.device).cuda_stream
-            return self._module.Launch(device=tensor.device.index, stream=stream)
-        return self._module.Launch(threads=torch.get_num_threads())
+            return 1, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+        return torch.get_num_threads(), 0, 0
 
     def _token_logps(
         self, kernel, logits, labels, logps, stats, dlogps, dlogits, ignore_index, scale, softcap, vocab_start, vocab_total
     ) -> None:
         N, T, V = logits.shape
         out = logits if dlogits is None else dlogits
-        arguments = self._module.TokenLogps(
+        bad_row = kernel(
             logits.data_ptr(), DTYPES[logits.dtype], N, T, V, *logits.stride()[:2], labels.data_ptr(), ignore_index,
             scale, softcap or 0.0, vocab_start, vocab_total, _address(logps), stats.data_ptr(), _address(dlogps),
-            _address(dlogits), *out.stride()[:2],
+            _address(dlogits), *out.stride()[:2], *self._launch(logits),
         )  # fmt: skip
-        bad_row = kernel(arguments, self._launch(logits))
         if bad_row >= 0:
             label = labels.flatten()[bad_row].item()
             raise IndexError(
@@ -105,12 +105,11 @@ class NativeBackend:
         self, name, logps, ref_logps, scores, mask, lengths, desirable, baseline, loss, rewards, dlogps, *,
         beta, alpha, pairs, reduction,
     ) -> None:  # fmt: skip
-        arguments = self._module.GroupLoss(
+        self._module.group_loss_fwd(
             LOSSES[name], PAIRS[pairs], REDUCTIONS[reduction], *logps.shape, logps.data_ptr(), ref_logps.data_ptr(),
             scores.data_ptr(), _address(mask), _address(lengths), _address(desirable), _address(baseline), beta, alpha,
-            loss.data_ptr(), rewards.data_ptr(), dlogps.data_ptr(),
+            loss.data_ptr(), rewards.data_ptr(), dlogps.data_ptr(), *self._launch(logps),
         )  # fmt: skip
-        self._module.group_loss_fwd(arguments, self._launch(logps))
 
 
 cuda = NativeBackend("cuda")
