@@ -1,0 +1,185 @@
+"""Reference log-probs: one pass into a file, keyed by what they depend on, safe against a killed run."""
+
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from architectures import tiny
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from test_data import tokenizer
+from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
+
+from nca_kernels.integrations import reference_logps as module
+from nca_kernels.integrations.reference_logps import cache_key, reference_logps, weights_digest
+from nca_kernels.integrations.trainer import NCATrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _users_dispatch(default_dispatch):
+    """Triton's interpreter takes seconds where the CPU's kernels take milliseconds."""
+
+
+def files(folder):
+    return sorted(path for path in (folder / "reference_cache").rglob("*") if path.is_file())
+
+
+def test_computed_once(tmp_path, monkeypatch):
+    """The log-probs are the model's own; a second run reads them, and trains the same bits."""
+    rows = make_rows(9)
+    first = trained(tmp_path, rows, loss="kto", train_sampling_strategy="random")
+    model = tiny("llama")
+    for i, row in enumerate(first.train_dataset):
+        with torch.no_grad():
+            wanted = plain_logps(model, row["prompt_ids"], [*row["response_ids"], row["mismatched_ids"]])
+        assert [*row["ref_logps"], row["mismatched_ref_logps"]] == pytest.approx(wanted.tolist(), rel=1e-5)
+        assert row["mismatched_ids"] in [ids[: len(row["mismatched_ids"])] for ids in rows[i - 1]["response_ids"]]
+    assert len(files(tmp_path)) == 1
+    monkeypatch.setattr(module, "_computed", None)
+    second = trained(tmp_path, rows, loss="kto", train_sampling_strategy="random")
+    assert_same_weights(weights(second), weights(first))
+
+
+def test_files_of_a_run(tmp_path, monkeypatch):
+    """One for each data set, all in the folder that the config or the environment names; none where rows bring their own."""
+    rows = make_rows(4)
+    NCATrainer(tiny("llama"), config(tmp_path / "a"), rows, {"x": rows[:2], "y": rows[2:]})
+    assert len(files(tmp_path / "a")) == 3
+    monkeypatch.setenv("NCA_KERNELS_CACHE", str(tmp_path / "b" / "reference_cache"))
+    NCATrainer(tiny("llama"), config(tmp_path / "c"), rows)
+    assert len(files(tmp_path / "b")) == 1 and not files(tmp_path / "c")
+    NCATrainer(tiny("llama"), config(tmp_path / "d", reference_cache_dir=str(tmp_path / "d" / "reference_cache")), rows)
+    assert len(files(tmp_path / "d")) == 1
+    scored = with_ref_logps(rows, tiny("llama"))
+    trainer = NCATrainer(tiny("llama"), config(tmp_path / "e", reference_cache_dir=str(tmp_path / "e" / "reference_cache")), scored)
+    assert not files(tmp_path / "e")
+    assert trainer.train_dataset["ref_logps"][:] == [row["ref_logps"] for row in scored]
+
+
+def test_keys():
+    """Another model, other weights, other tokens or another precision are other files; other scores are not."""
+    rows = Dataset.from_list(make_rows(5))
+    plain = weights_digest(tiny("llama"))
+    key = cache_key(plain, rows, "no")
+    assert plain == weights_digest(tiny("llama"))
+    assert key == cache_key(plain, rows, "no") == cache_key(plain, rows.remove_columns("scores").flatten_indices(), "no")
+    assert key == cache_key(plain, rows.select([4, *range(5)]).select(range(1, 6)), "no")
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-6
+    others = {weights_digest(model), weights_digest(tiny("llama", rms_norm_eps=1e-3)), weights_digest(tiny("gpt2"))}
+    assert len({plain, *others}) == 4
+    parts = [[[3], [[4, 5], [6]]], [[3, 4], [[5], [6]]], [[3], [[4], [5, 6]]], [[3], [[4, 5, 6]]]]
+    moved = [Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}]) for prompt, responses in parts]
+    keys = {key, cache_key(plain, rows, "bf16"), cache_key(plain, rows.select([1, 0, 2, 3, 4]), "no")}
+    keys |= {cache_key(plain, other, "no") for other in moved}
+    assert len(keys) == 7
+
+
+def test_the_base_under_peft_is_the_model(tmp_path):
+    """So a run with an adapter reads what a run without one computed."""
+    model = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["norm"]))
+    assert weights_digest(model) == weights_digest(tiny("llama"))
+
+
+def test_tokenizer_and_truncation_make_other_files(tmp_path):
+    words = tokenizer()
+    rows = [{"prompt": "the moth", "responses": ["a th", "the oth moth"], "scores": [1.0, 0.0]}]
+    for options in ({}, {"max_length": 12}, {"max_length": 12, "max_prompt_length": 4}):
+        NCATrainer(tiny("llama", vocab_size=len(words)), config(tmp_path, **options), rows, processing_class=words)
+    assert len(files(tmp_path)) == 3
+    NCATrainer(tiny("llama", vocab_size=len(words)), config(tmp_path, alpha=0.3, loss="dpo"), rows, processing_class=words)
+    assert len(files(tmp_path)) == 3
+
+
+def fake_logps(rows):
+    return torch.tensor([float(sum(response)) for row in rows for response in row["response_ids"]])
+
+
+def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
+    """Killed in its third part by the system, which leaves no time to tidy up: two parts are kept, the rest is computed."""
+    monkeypatch.setattr(module, "PART", 4)
+    rows = Dataset.from_list(make_rows(14))
+    file = tmp_path / "reference_cache" / "key.safetensors"
+    child = os.fork()
+    if child == 0:
+        calls = []
+
+        def killed(rows):
+            calls.append(rows)
+            if len(calls) > 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return fake_logps(rows)
+
+        reference_logps(rows, killed, file, Accelerator(cpu=True), batch_size=2)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(files(tmp_path)) == 2 and not file.exists()
+    seen = []
+    again = reference_logps(rows, lambda rows: seen.extend(rows) or fake_logps(rows), file, Accelerator(cpu=True), batch_size=2)
+    assert len(seen) == 14 - 2 * 4
+    assert again == [[float(sum(response)) for response in responses] for responses in rows["response_ids"]]
+    assert files(tmp_path) == [file]
+    assert reference_logps(rows, None, file, Accelerator(cpu=True), batch_size=2) == again
+
+
+def test_killed_while_writing(tmp_path, monkeypatch):
+    """What is half written has another name, and is never read."""
+    rows = Dataset.from_list(make_rows(3))
+    file = tmp_path / "reference_cache" / "key.safetensors"
+    replace = os.replace
+
+    def killed(unfinished, file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)
+    monkeypatch.setattr(os, "replace", replace)
+    assert not file.exists() and all(path.suffix == ".unfinished" for path in files(tmp_path))
+    assert len(reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)) == 3
+
+
+def test_a_file_of_something_else(tmp_path):
+    rows = Dataset.from_list(make_rows(3))
+    file = tmp_path / "key.safetensors"
+    file.write_bytes(b"nothing")
+    with pytest.raises(RuntimeError, match="key.safetensors: no file of reference log-probs"):
+        reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)
+    file.unlink()
+    reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)
+    with pytest.raises(RuntimeError, match=r"key.safetensors: holds \[\d+\] log-probs, wanted"):
+        reference_logps(rows.select([0]), fake_logps, file, Accelerator(cpu=True), batch_size=2)
+
+
+@pytest.mark.parametrize("loss", ["nca", "kto"])
+def test_at_every_step(loss, tmp_path):
+    """A frozen copy gives what the cache holds, and no file; dropout touches neither."""
+    rows = make_rows(8)
+    model = {"attention_dropout": 0.5}
+    cached = trained(tmp_path / "a", rows, tiny("llama", **model), loss=loss)
+    copied = trained(tmp_path / "b", rows, tiny("llama", **model), loss=loss, reference="model")
+    assert not (tmp_path / "b" / "reference_cache").exists()
+    assert logged(copied, "loss") == pytest.approx(logged(cached, "loss"), rel=1e-5)
+    assert_same_weights(weights(copied), weights(cached), tiny("llama", **model).state_dict(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("reference", ["precompute", "model"])
+def test_a_reference_of_its_own(reference, tmp_path):
+    rows = make_rows(4)
+    other = tiny("llama", rope_theta=50.0, initializer_range=0.1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    log = trained(tmp_path, rows, ref_model=other, reference=reference).state.log_history[0]
+    change = 0
+    for row in rows:
+        with torch.no_grad():
+            ours, theirs = (plain_logps(model, row["prompt_ids"], row["response_ids"]) for model in (tiny("llama"), other))
+        change += float((ours - theirs)[max(range(len(ours)), key=lambda i: row["scores"][i])]) / len(rows)
+    assert log["logps/best_change"] == pytest.approx(change, rel=1e-4)
+    assert_same_weights(dict(other.state_dict()), before)
