@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from . import runs
-from .align import Method
 from .reports import REPORTS, Outcome, Outcomes
 from .runs import Settings
 from .search import Contender
@@ -60,17 +59,15 @@ def compare(contenders: list[Contender], folder: Path, scale: Scale) -> Outcomes
     # The average over all runs so far: worlds come at irregular times.
     with tqdm(total=total, desc="runs", smoothing=0) as bar:
         searched = _do(trials, folder, bar)
-        tuned: dict[str, Method | None] = {}
-        for contender in contenders:
-            tuned[contender.name] = contender.tuned(searched[contender], tuned)
+        tuned = {contender: contender.tuned(searched[contender]) for contender in contenders}
         tests = {
-            contender: [Settings(contender.task, tuned[contender.name], seed, "test", scale.size) for seed in scale.seeds]
-            for contender in contenders
+            contender: [Settings(contender.task, method, seed, "test", scale.size) for seed in scale.seeds]
+            for contender, method in tuned.items()
         }
         tested = _do(tests, folder, bar)
     return {
-        contender.name: Outcome(contender, tuned[contender.name], searched[contender], tested[contender])
-        for contender in contenders
+        contender.name: Outcome(contender, method, searched[contender], tested[contender])
+        for contender, method in tuned.items()
     }
 
 

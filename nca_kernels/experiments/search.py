@@ -19,7 +19,7 @@ class Contender:
     """A method before its tuning.
 
     ``loss`` None is the supervised model. ``pairwise``: the scores say which response is best and no more (alpha 0).
-    ``tuned_as``: the name of the contender whose beta and learning rate it takes, with no search of its own.
+    ``given``: beta, alpha and learning rate, in place of a search.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Contender:
     K: int = 4
     pairs: str = "best_vs_rest"
     pairwise: bool = False
-    tuned_as: str | None = None
+    given: tuple[float, float, float] | None = None
     task: str = "sums"
 
     def at(self, beta: float, alpha: float, lr: float) -> Method:
@@ -36,17 +36,16 @@ class Contender:
 
     def trials(self, n: int, size: Size) -> list[Settings]:
         """The runs of its search."""
-        if self.loss is None or self.tuned_as:
+        if self.loss is None or self.given:
             return []
         return [Settings(self.task, self.at(**draw), TUNING_SEED, "validation", size) for draw in draws(n)]
 
-    def tuned(self, trials: list[dict], others: dict[str, Method | None]) -> Method | None:
+    def tuned(self, trials: list[dict]) -> Method | None:
         """The method at the trial with the highest reward."""
         if self.loss is None:
             return None
-        if self.tuned_as:
-            other = others[self.tuned_as]
-            return self.at(other.beta, other.alpha, other.lr)
+        if self.given:
+            return self.at(*self.given)
         return Method(**max(trials, key=lambda record: record["reward"])["settings"]["method"])
 
 
