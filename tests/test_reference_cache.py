@@ -31,7 +31,8 @@ def files(folder):
 def test_computed_once(tmp_path, monkeypatch):
     """The log-probs are the model's own; a second run reads them, and trains the same bits."""
     rows = make_rows(9)
-    first = trained(tmp_path, rows, loss="kto", train_sampling_strategy="random")
+    dropout = {"attention_dropout": 0.5}
+    first = trained(tmp_path, rows, tiny("llama", **dropout).train(), loss="kto")
     model = tiny("llama")
     for i, row in enumerate(first.train_dataset):
         with torch.no_grad():
@@ -40,7 +41,7 @@ def test_computed_once(tmp_path, monkeypatch):
         assert row["mismatched_ids"] in [ids[: len(row["mismatched_ids"])] for ids in rows[i - 1]["response_ids"]]
     assert len(files(tmp_path)) == 1
     monkeypatch.setattr(module, "_computed", None)
-    second = trained(tmp_path, rows, loss="kto", train_sampling_strategy="random")
+    second = trained(tmp_path, rows, tiny("llama", **dropout).train(), loss="kto")
     assert_same_weights(weights(second), weights(first))
 
 
@@ -160,8 +161,8 @@ def test_at_every_step(loss, tmp_path):
     """A frozen copy gives what the cache holds, and no file; dropout touches neither."""
     rows = make_rows(8)
     model = {"attention_dropout": 0.5}
-    cached = trained(tmp_path / "a", rows, tiny("llama", **model), loss=loss)
-    copied = trained(tmp_path / "b", rows, tiny("llama", **model), loss=loss, reference="model")
+    cached = trained(tmp_path / "a", rows, tiny("llama", **model).train(), loss=loss)
+    copied = trained(tmp_path / "b", rows, tiny("llama", **model).train(), loss=loss, reference="model")
     assert not (tmp_path / "b" / "reference_cache").exists()
     assert logged(copied, "loss") == pytest.approx(logged(cached, "loss"), rel=1e-5)
     assert_same_weights(weights(copied), weights(cached), tiny("llama", **model).state_dict(), rtol=2e-3)

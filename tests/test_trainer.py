@@ -168,20 +168,26 @@ def test_evaluating_on_other_rows(tmp_path):
         trainer.evaluate(rows[:3])
 
 
-def test_num_responses(tmp_path):
+@pytest.mark.parametrize("K", [2, 3])
+def test_num_responses(K, tmp_path):
+    """A best one and one below it are kept, the others at random, by the seed."""
     rows = make_rows(30)
-    trainer = NCATrainer(tiny("llama"), config(tmp_path, num_responses=3), with_ref_logps(rows, tiny("llama")), rows[:4])
+    for row in rows[::2]:  # many best ones, so that one below them is no matter of course
+        row["scores"] = [0.0, *[1.0] * (len(row["scores"]) - 1)]
+    scored = with_ref_logps(rows, tiny("llama"))
+    trainer = NCATrainer(tiny("llama"), config(tmp_path, num_responses=K), scored, rows[:4])
     drawn = set()
-    for row, kept in zip(rows, trainer.train_dataset, strict=True):
+    for row, kept in zip(scored, trainer.train_dataset, strict=True):
         places = [row["response_ids"].index(response) for response in kept["response_ids"]]
-        assert len(places) == min(3, len(row["scores"]))
-        assert kept["scores"] == [row["scores"][i] for i in places]
+        assert len(places) == min(K, len(row["scores"]))
+        for column in ("scores", "ref_logps"):
+            assert kept[column] == [row[column][i] for i in places]
         assert max(kept["scores"]) == max(row["scores"])
         assert min(kept["scores"]) < max(row["scores"])
         drawn.add(tuple(places))
     assert len(drawn) > 8
     assert trainer.eval_dataset["response_ids"] == trainer.train_dataset["response_ids"][:4]
-    again = NCATrainer(tiny("llama"), config(tmp_path, num_responses=3, seed=1), with_ref_logps(rows, tiny("llama")))
+    again = NCATrainer(tiny("llama"), config(tmp_path, num_responses=K, seed=1), scored)
     assert again.train_dataset["response_ids"] != trainer.train_dataset["response_ids"]
 
 
