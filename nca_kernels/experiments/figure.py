@@ -15,13 +15,15 @@ COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 def draw_curves(curves: dict[str, list[dict]], path: Path) -> None:
     """The paper's Figure 2. ``curves``: for each method those of its seeds, ``steps``, ``chosen`` and ``rejected``.
 
-    A line is the mean over the seeds; the band goes from the lowest to the highest.
+    A line is the mean over the seeds; the band goes from the lowest to the highest, each moved to the mean of their starts:
+    what a method does to a seed's model would drown in how far the seeds' models are apart.
     """
     figure = _figure(9, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
     for axes, which in zip(panels, ("chosen", "rejected"), strict=True):
         for (name, seeds), color in zip(curves.items(), COLORS, strict=False):
             steps, values = seeds[0]["steps"], np.array([seed[which] for seed in seeds])
+            values = values - values[:, :1] + values[:, :1].mean()
             axes.plot(steps, values.mean(0), color=color, label=name, linewidth=1.8)
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.18, linewidth=0)
         axes.axhline(values[:, 0].mean(), color="0.6", linewidth=0.8, linestyle="--", zorder=0)

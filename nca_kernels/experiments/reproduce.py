@@ -22,7 +22,7 @@ class Scale:
 
     # Half a minute on one core for a world, ten seconds for a run in it.
     size: Size = Size(hidden_size=128, taught=700 * 64, rewarded=2800, probed=150, validated=2000, tested=2000, steps=150)
-    draws: int = 8
+    draws: int = 16
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
 
