@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import memory, parallel
+from . import parallel
 from .tiles import ALIGNED, ProductSum, product, split, tile_shape
 
 
@@ -181,7 +181,7 @@ class Tiling:
         self.blocks = split(M, rows)
         self.slices = split(stored, columns, ALIGNED)
         self.slices += [slice(stored + s.start, stored + s.stop) for s in split(V - stored, columns, ALIGNED)]
-        self.buffer = memory.empty((rows * columns,), hidden.dtype, hidden.device)
+        self.buffer = hidden.new_empty(rows * columns)
 
     def tile(self, block: slice, columns: slice) -> Tensor:
         shape = (block.stop - block.start, columns.stop - columns.start)
@@ -255,7 +255,7 @@ def backward(
     tiling = Tiling(head, x, kept, frozen=False)
     blocks = tiling.blocks
     dx = torch.empty_like(x, dtype=torch.float32 if group else x.dtype) if needs[0] else x.new_empty(0)
-    dweight = memory.empty(head.weight.shape if needs[1] else (0,), x.dtype, x.device)
+    dweight = x.new_empty(head.weight.shape if needs[1] else 0)
     dbias = x.new_empty(len(head.weight) if needs[2] else 0)
     if not blocks:  # no scored row, so no product to write them
         dweight.zero_()

@@ -1,4 +1,4 @@
-"""Fresh memory for large results and buffers."""
+"""Fresh memory for a gradient as large as the logits."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _linear_token_logps(
     if labels_are_checked(labels):
         check_labels(labels, ignore_index, vocab_total)
     head = _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend)
-    kept = memory.empty((_kept_elements(hidden, weight, save_budget, mode),), hidden.dtype, hidden.device)
+    kept = hidden.new_empty(_kept_elements(hidden, weight, save_budget, mode))
     return *linear.forward(head, hidden, labels, kept, mode == "frozen", group), kept
 
 
