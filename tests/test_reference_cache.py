@@ -73,6 +73,10 @@ def test_keys():
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-6
     others = {weights_digest(model), weights_digest(tiny("llama", rms_norm_eps=1e-3)), weights_digest(tiny("gpt2"))}
     assert len({plain, *others}) == 4
+    # Two batches of rows in Arrow.
+    many = Dataset.from_list([{"prompt_ids": [3], "response_ids": [[4]]}] * 10_001)
+    other = Dataset.from_list([{"prompt_ids": [3], "response_ids": [[4]]}] * 10_000 + [{"prompt_ids": [3], "response_ids": [[5]]}])
+    assert cache_key(plain, many, "no") != cache_key(plain, other, "no")
     parts = [[[3], [[4, 5], [6]]], [[3, 4], [[5], [6]]], [[3], [[4], [5, 6]]], [[3], [[4, 5, 6]]]]
     moved = [Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}]) for prompt, responses in parts]
     keys = {key, cache_key(plain, rows, "bf16"), cache_key(plain, rows.select([1, 0, 2, 3, 4]), "no")}

@@ -229,6 +229,7 @@ def test_plots(tmp_path):
         ({"max_length": 3}, "max_length: got 3"),
         ({"save_budget": -1}, "save_budget: got -1"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True"),
     ],
 )

@@ -38,10 +38,12 @@ CASES = {
     "kto": {"loss": "kto", "gradient_accumulation_steps": 2},
     "lora": {"peft_config": LORA},
     "model": {"loss": "info_nca", "reference": "model"},
+    "resumed": {"loss": "kto"},
     "fsdp": FSDP,
     "fsdp_accumulated": {**FSDP, "gradient_accumulation_steps": 2},
     "fsdp_model": {**FSDP, "loss": "kto", "reference": "model"},
     "fsdp_lora": {**FSDP, "peft_config": LORA},
+    "fsdp_lora_resumed": {**FSDP, "peft_config": LORA},
     "fsdp_share_prompt": {**FSDP, "share_prompt": True},
 }
 
@@ -53,11 +55,16 @@ def run(case, folder, processes):
     if case.startswith("fsdp") and processes > 1:
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     options |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": 4 // processes}
-    trainer = trained(folder / case, make_rows(11), eval_dataset=make_rows(5, seed=1), save_strategy="epoch", **options)
+    options |= {"eval_dataset": make_rows(5, seed=1), "save_strategy": "epoch"}
+    trainer = trained(folder / case, make_rows(11), **options)
+    if case.endswith("resumed"):
+        checkpoint = str(folder / case / "checkpoint-3")
+        trainer = trained(folder / case, make_rows(11), resume=checkpoint, **options | {"num_train_epochs": 2})
+        assert trainer.state.global_step == 6
     metrics = trainer.evaluate()
     state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights(trainer).items()}
     rows = trainer.train_dataset.to_list()
-    return {"weights": state, "log": trainer.state.log_history[:3], "eval": metrics, "rows": rows}
+    return {"weights": state, "log": [log for log in trainer.state.log_history if "loss" in log], "eval": metrics, "rows": rows}
 
 
 def refused_on_a_cpu(folder):

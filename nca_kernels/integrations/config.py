@@ -85,6 +85,8 @@ class NCAConfig(TrainingArguments):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: got {value!r}, wanted an int >= {low}")
+        # By length, Trainer would want rows of one text each.
+        checks.one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         if self.label_smoothing_factor != 0:
             raise ValueError(f"label_smoothing_factor: got {self.label_smoothing_factor}, wanted 0: these losses have no such term")
         if self.remove_unused_columns:

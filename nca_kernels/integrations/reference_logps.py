@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 import xxhash
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from .heads import causal_lm
-from .rows import arrow_table, longest_sequences
+from .rows import arrow_batches, longest_sequences, response_counts
 
 # Prompts between two files of an unfinished pass: what a killed run loses at most.
 PART = 512
@@ -38,13 +39,12 @@ def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
         numerics: the mixed precision that the pass runs in.
     """
     digest = xxhash.xxh3_128(f"{weights} {numerics}".encode())
-    table = arrow_table(rows.select_columns(["prompt_ids", "response_ids"]))
-    for column in ("prompt_ids", "response_ids"):
-        values = table[column].combine_chunks()
-        while hasattr(values, "flatten") and hasattr(values.type, "value_type"):
-            digest.update(values.value_lengths().to_numpy())
-            values = values.flatten()
-        digest.update(values.to_numpy().astype("int64"))
+    for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
+        for lists in columns.values():
+            while isinstance(lists, (pa.ListArray, pa.LargeListArray)):
+                digest.update(lists.value_lengths().to_numpy())
+                lists = lists.flatten()
+            digest.update(lists.to_numpy().astype("int64"))
     return digest.hexdigest()
 
 
@@ -91,7 +91,7 @@ def reference_logps(
     Raises:
         RuntimeError: a file that is not what this function wrote.
     """
-    counts = [len(responses) for responses in rows["response_ids"]]
+    counts = response_counts(rows)
     flat = _on_main(accelerator, _read, file, sum(counts))
     if flat is None:
         flat = _computed(rows, counts, logps, file, accelerator, batch_size, progress)

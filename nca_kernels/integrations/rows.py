@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -77,32 +78,36 @@ def _check(name: str, rows: Dataset) -> None:
     missing = [column for column in COLUMNS[:3] if column not in rows.column_names]
     if missing:
         raise ValueError(f"{name}: got the columns {', '.join(rows.column_names)}, wanted {', '.join(missing)} as well")
-    table = arrow_table(rows)
-    counts = _lengths(table["response_ids"])
+    before = 0
 
-    def refuse(column: str, bad: pa.ChunkedArray | pa.Array, problem: str, parents: pa.Array | None = None) -> None:
+    def refuse(column: str, bad: pa.Array, problem: str, parents: pa.Array | None = None) -> None:
         if (at := pc.index(bad, True).as_py()) >= 0:
             row = at if parents is None else parents[at].as_py()
-            raise ValueError(f"{name}: row {row + 1}, column {column}: {problem}")
+            raise ValueError(f"{name}: row {before + row + 1}, column {column}: {problem}")
 
-    refuse("prompt_ids", pc.less(_lengths(table["prompt_ids"]), 1), "no tokens")
-    refuse("response_ids", pc.less(counts, 1), "no responses")
-    responses = table["response_ids"].combine_chunks()
-    empty = pc.less(_lengths(responses.flatten()), 1)
-    refuse("response_ids", empty, "a response without tokens", pc.list_parent_indices(responses))
-    for column in ("scores", "ref_logps"):
-        if column in table.column_names:
-            numbers = table[column].combine_chunks()
-            refuse(column, pc.not_equal(_lengths(numbers), counts), "wanted one number for each response")
-            finite = pc.fill_null(pc.is_finite(numbers.flatten().cast(pa.float32(), safe=False)), False)
-            refuse(column, pc.invert(finite), "wanted finite numbers", pc.list_parent_indices(numbers))
+    for columns in arrow_batches(rows):
+        responses = columns["response_ids"]
+        counts = _lengths(responses)
+        refuse("prompt_ids", pc.less(_lengths(columns["prompt_ids"]), 1), "no tokens")
+        refuse("response_ids", pc.less(counts, 1), "no responses")
+        empty = pc.less(_lengths(responses.flatten()), 1)
+        refuse("response_ids", empty, "a response without tokens", pc.list_parent_indices(responses))
+        for column in ("scores", "ref_logps"):
+            if column in columns:
+                numbers = columns[column]
+                refuse(column, pc.not_equal(_lengths(numbers), counts), "wanted one number for each response")
+                finite = pc.fill_null(pc.is_finite(numbers.flatten().cast(pa.float32(), safe=False)), False)
+                refuse(column, pc.invert(finite), "wanted finite numbers", pc.list_parent_indices(numbers))
+        before += len(responses)
 
 
-def arrow_table(rows: Dataset) -> pa.Table:
-    return rows.with_format("arrow")[:]
+def arrow_batches(rows: Dataset) -> Iterator[dict[str, pa.Array]]:
+    """The columns of 10,000 rows at a time: an Arrow list array holds no more than 2^31 tokens."""
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        yield {name: table[name].combine_chunks() for name in table.column_names}
 
 
-def _lengths(lists: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+def _lengths(lists: pa.Array) -> pa.Array:
     return pc.fill_null(pc.list_value_length(lists), 0)
 
 
@@ -159,10 +164,17 @@ def with_ref_logps(rows: Dataset, ref_logps: list[list[float]]) -> Dataset:
     return rows if "ref_logps" in rows.column_names else rows.add_column("ref_logps", ref_logps)
 
 
+def response_counts(rows: Dataset) -> list[int]:
+    batches = arrow_batches(rows.select_columns("response_ids"))
+    return [count for columns in batches for count in _lengths(columns["response_ids"]).to_pylist()]
+
+
 def longest_sequences(rows: Dataset) -> np.ndarray:
     """For each row the tokens of its prompt with its longest response."""
-    table = arrow_table(rows.select_columns(["prompt_ids", "response_ids"]))
-    responses = table["response_ids"].combine_chunks()
-    counts = _lengths(responses).to_numpy()
-    longest = np.maximum.reduceat(_lengths(responses.flatten()).to_numpy(), counts.cumsum() - counts)
-    return _lengths(table["prompt_ids"]).to_numpy() + longest
+    longest = []
+    for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
+        prompts, responses = columns["prompt_ids"], columns["response_ids"]
+        counts = _lengths(responses).to_numpy()
+        tokens = _lengths(responses.flatten()).to_numpy()
+        longest.append(_lengths(prompts).to_numpy() + np.maximum.reduceat(tokens, counts.cumsum() - counts))
+    return np.concatenate(longest)
