@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--quick", action="store_true", help="three rounds each, for a look; stored under out/")
         command.add_argument("--out", type=Path, help="default: bench/results, or out/bench with --quick")
+    command = commands.add_parser("numerics", help="the errors against float64, not the times")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--out", type=Path, default=RESULTS)
     command = commands.add_parser("summary", help="a line for each stored problem")
     command.add_argument("--device", choices=("cpu", "cuda"), help="of this device alone")
     command.add_argument("--out", type=Path, default=RESULTS)
@@ -37,6 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
         from .plot import plot
 
         plot(options.out, Path("docs/img"))
+    elif options.command == "numerics":
+        from . import numerics
+
+        print("stored", numerics.store(options.device, options.out))
     elif options.command == "summary":
         for file in sorted(options.out.glob("*/*.json")):
             document = schema.load(file)

@@ -1,0 +1,203 @@
+"""Errors of values and gradients against float64, beside PyTorch's own on the same inputs: ``python -m bench numerics``.
+
+The largest error of a case, in the unit of its table. On a CPU the Triton kernels run in Triton's interpreter: its ``exp`` and
+``log`` are NumPy's, not a GPU's, and it cuts a number to bfloat16 where a GPU rounds it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nca_kernels
+from nca_kernels import reference
+
+from . import schema
+from .cases import LogpTruth
+
+BACKENDS = {"cpu": ["cpu", "triton"], "cuda": ["triton", "cuda"]}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 2.0**-23  # of float32
+ROWS = 4
+# Rounds, Llama 2, Llama 3, Qwen 2.5.
+VOCABS = (1000, 32000, 128256, 151936)
+LOGITS = ("x 1", "x 30", "x 1e4", "certain")
+LENGTHS = (128, 1024, 8192)
+HEAD = (64, 512, 32000)  # rows, width, vocabulary
+GROUPS = ((64, 4), (16, 64))  # prompts, responses
+
+Pass = tuple[Tensor, Tensor]  # values and one gradient
+Row = dict[str, str]
+
+
+def tables(device: str, vocabs=VOCABS, lengths=LENGTHS, head=HEAD) -> Iterator[tuple[str, list[Row]]]:
+    """Titles and rows of the tables."""
+    if device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+    torch.manual_seed(0)
+    yield (
+        "token_logps: log-probs in 2^-23 (1 + |truth|) / gradients in spacings of their dtype at the true value",
+        [_tokens(dtype, logits, V, device) for dtype in DTYPES for logits in LOGITS for V in vocabs],
+    )
+    yield (
+        "sequence_logps: sums of T tokens in 2^-23 |truth|, V = 1000",
+        [_sequences(dtype, T, packed, device) for dtype in DTYPES for packed in (False, True) for T in lengths],
+    )
+    yield (
+        "linear_token_logps: log-probs in eps (1 + |truth|) / gradients in eps of the largest; eps is that of the dtype, "
+        f"M = {head[0]}, D = {head[1]}, V = {head[2]}",
+        [_head(dtype, trained, head, device) for dtype in DTYPES[:2] for trained in (False, True)],
+    )
+    yield (
+        "group_loss: losses in 2^-23 (1 + |truth|) / gradients in 2^-23 of the largest, float32",
+        [_losses(name, B, K, device) for name in reference.LOSSES for B, K in GROUPS],
+    )
+
+
+def _ours(function: Callable, device: str) -> dict[str, Callable]:
+    return {backend: lambda *a, b=backend, **k: function(*a, **k, backend=b) for backend in BACKENDS[device]}
+
+
+def _plain(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+PEERS = {"PyTorch in float32": lambda x, y: _plain(x.float(), y), "PyTorch in the dtype": _plain}
+
+
+def _pass(function: Callable[[Tensor], Tensor], leaf: Tensor, upstream: Tensor) -> Pass:
+    leaf = leaf.detach().requires_grad_()
+    values = function(leaf)
+    (gradient,) = torch.autograd.grad(values, leaf, upstream.to(values.dtype))
+    return values.detach().double(), gradient.double()
+
+
+def _largest(error: Tensor) -> str:
+    largest = error.abs().max().item()
+    return "0" if largest < 0.005 else f"{largest:.0f}" if 100 <= largest < 1e4 else f"{largest:.2g}"
+
+
+# --- from logits -----------------------------------------------------------------------------------------------------
+
+
+def _tokens(dtype: torch.dtype, kind: str, V: int, device: str) -> Row:
+    logits, labels, upstream = torch.randn(ROWS, V), torch.randint(V, (ROWS,)), torch.randn(ROWS, device=device)
+    if kind == "certain":
+        # 1 - p from about 1e-1 to 1e-5.
+        rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+        logits.scatter_(1, labels[:, None], (rest + torch.linspace(2, 11, ROWS))[:, None])
+    else:
+        logits *= float(kind.removeprefix("x "))
+    logits, labels = logits.to(device, dtype), labels.to(device)
+    truth = LogpTruth(lambda start, stop: logits[start:stop].double(), V, labels, upstream)
+    [(_, logps, dlogits)] = truth.chunks()
+    row = {"dtype": _name(dtype), "logits": kind, "V": str(V)}
+    for name, function in {**_ours(nca_kernels.token_logps, device), **PEERS}.items():
+        values, gradient = _pass(lambda x: function(x, labels), logits, upstream)  # noqa: B023
+        row[name] = f"{_largest((values - logps) / (EPS * (1 + logps.abs())))} / {_largest(_spacings(gradient, dlogits, dtype))}"
+    return row
+
+
+def _spacings(got: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """The error in spacings of ``dtype`` at the true value; of its least normal number below that."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(truth.abs().clamp(min=info.tiny)).exponent - 1
+    return (got - truth) / torch.ldexp(torch.full_like(truth, info.eps), exponent)
+
+
+def _sequences(dtype: torch.dtype, T: int, packed: bool, device: str) -> Row:
+    """Two sequences of T tokens, in two rows or packed into one. On one backend: all of them leave the sum to PyTorch."""
+    logits = (2 * torch.randn(2 * T, 1000)).to(device, dtype)
+    labels = torch.randint(1000, (2 * T,), device=device)
+    bounds = torch.tensor([0, T, 2 * T], device=device)
+    truth = _plain(logits.double(), labels).view(2, T).sum(1)
+    if packed:
+        ours = nca_kernels.sequence_logps(logits, labels, cu_seqlens=bounds, backend=device)
+    else:
+        ours = nca_kernels.sequence_logps(logits.view(2, T, 1000), labels.view(2, T), backend=device)
+    sums = {device: ours} | {name: peer(logits, labels).view(2, T).sum(1) for name, peer in PEERS.items()}
+    row = {"dtype": _name(dtype), "T": str(T), "layout": "packed" if packed else "rows"}
+    return row | {name: _largest((value.double() - truth) / (EPS * truth)) for name, value in sums.items()}
+
+
+# --- from hidden states ----------------------------------------------------------------------------------------------
+
+
+def _head(dtype: torch.dtype, trained: bool, sizes: tuple[int, int, int], device: str) -> Row:
+    """The gradient is that of the weight where the head is trained, else of the hidden states."""
+    M, D, V = sizes
+    hidden, weight = torch.randn(M, D).to(device, dtype), (2 * D**-0.5 * torch.randn(V, D)).to(device, dtype)
+    labels, upstream = torch.randint(V, (M,), device=device), torch.randn(M, device=device)
+    leaf = weight if trained else hidden
+
+    def run(function: Callable[[Tensor, Tensor], Tensor], to: torch.dtype) -> Pass:
+        if trained:
+            return _pass(lambda w: function(hidden.to(to), w), leaf.to(to), upstream)
+        return _pass(lambda h: function(h, weight.to(to)), leaf.to(to), upstream)
+
+    logps, truth = run(lambda h, w: _plain(F.linear(h, w), labels), torch.float64)
+    ours = {
+        name: lambda h, w, f=function: f(h, w, labels)
+        for name, function in _ours(nca_kernels.linear_token_logps, device).items()
+    }
+    peers = {name: lambda h, w, f=peer: f(F.linear(h, w), labels) for name, peer in PEERS.items()}
+    row = {"dtype": _name(dtype), "head": "trained" if trained else "frozen"}
+    eps = torch.finfo(dtype).eps
+    for name, function in (ours | peers).items():
+        values, gradient = run(function, dtype)
+        value_error = (values - logps) / (eps * (1 + logps.abs()))
+        row[name] = f"{_largest(value_error)} / {_largest((gradient - truth) / (eps * truth.abs().max()))}"
+    return row
+
+
+# --- the K-way losses ------------------------------------------------------------------------------------------------
+
+
+def _losses(name: str, B: int, K: int, device: str) -> Row:
+    """Log-probs of long responses, hundreds of nats, that differ by some nats from the reference model's."""
+    ref_logps = -300 * torch.rand(B, K, device=device) - 20
+    logps = ref_logps + 12 * torch.randn(B, K, device=device)
+    scores = torch.rand(B, K, device=device)
+
+    def run(backend: str, dtype: torch.dtype) -> Pass:
+        def loss(x):
+            return nca_kernels.group_loss(name, x, ref_logps.to(dtype), scores.to(dtype), alpha=0.3, backend=backend).loss
+
+        return _pass(loss, logps.to(dtype), torch.ones((), device=device))
+
+    loss, truth = run("torch", torch.float64)
+    row = {"loss": name, "B": str(B), "K": str(K)}
+    for title, backend in {**{b: b for b in BACKENDS[device]}, "PyTorch in float32": "torch"}.items():
+        value, gradient = run(backend, torch.float32)
+        value_error = (value - loss) / (EPS * (1 + loss.abs()))
+        row[title] = f"{_largest(value_error)} / {_largest((gradient - truth) / (EPS * truth.abs().max()))}"
+    return row
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def store(device: str, out: Path) -> Path:
+    """Measure all tables, print them, write them beside the device's other results."""
+    warnings.filterwarnings("ignore", module="triton")  # its interpreter computes both branches of a `where`
+    header = schema.header("numerics", device)
+    parts = [", ".join(f"{key} {value}" for key, value in header.items() if value is not None)]
+    for title, rows in tables(device):
+        parts.append(f"### {title}\n\n{markdown(rows)}")
+        print(parts[-1], flush=True)
+    file = schema.path(out, {"header": header}).with_suffix(".md")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n\n".join(parts) + "\n")
+    return file
