@@ -1,12 +1,17 @@
 """What the build builds: by NCA_KERNELS_BUILD, and without PyTorch."""
 
+import os
+import platform
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+_PORTABLE = next(iter(SETUP["ISA_FLAGS"].get(platform.machine(), {"plain": []})))  # the one that every machine has
 
 
 def _names(monkeypatch, wish, nvcc):
@@ -32,6 +37,24 @@ def test_explicit_wishes(monkeypatch):
         _names(monkeypatch, "cuda", None)
     with pytest.raises(SystemExit, match="NCA_KERNELS_BUILD='gpu': wanted auto, none, cpu or cuda"):
         _names(monkeypatch, "gpu", "nvcc")
+
+
+def test_it_builds_and_loads_without_pytorch(tmp_path):
+    """In a process to which PyTorch cannot be imported: the build, the import and a first call."""
+    build = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = ['setup.py', '-q', 'build_ext', '--build-lib', {str(tmp_path)!r}, '--build-temp', {str(tmp_path / 'o')!r}]; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = {**os.environ, "NCA_KERNELS_BUILD": "cpu"}
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, env=environment, check=True)
+    load = "import sys; sys.modules['torch'] = None; import _cpu; print(_cpu.unusable(), _cpu.instruction_set())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "nca_kernels"), "NCA_KERNELS_ISA": _PORTABLE}
+    run = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True)
+    assert run.stdout == f"None {_PORTABLE}\n", run.stderr
+    environment["NCA_KERNELS_ISA"] = "mmx"
+    run = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True)
+    assert "ValueError: NCA_KERNELS_ISA=mmx: this machine and build have" in run.stderr
 
 
 def test_no_pytorch_header_in_the_sources():

@@ -55,6 +55,14 @@ def test_a_named_backend_that_cannot_run_raises_with_every_reason(default_dispat
         nca_kernels.token_logps(logits, labels, backend="metal")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no backend is missing")
+def test_a_skip_of_a_required_backend_is_a_failure():
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_token_logps.py", "-k", "ignore_index and cuda"]
+    run = subprocess.run([*command, "--require-backend=triton,cuda"], cwd=here, capture_output=True, text=True)
+    assert run.returncode == 1 and "backend cuda is required and cannot run" in run.stdout, run.stdout
+
+
 def test_explain(default_dispatch):
     table = nca_kernels.explain("cpu")
     for op in dispatch.OPS:

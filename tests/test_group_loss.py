@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import assert_no_worse
 
 import nca_kernels
@@ -153,6 +154,45 @@ def test_low_precision_log_probs_are_computed_in_float32(target):
     out.loss.backward()
     assert out.loss.dtype == out.rewards.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16
     assert out.loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+
+
+def test_two_responses_and_alpha_zero(target):
+    """InfoNCA is DPO, and NCA is TRL's ``nca_pair``: -log s(r_w) - 1/2 log s(-r_w) - 1/2 log s(-r_l)."""
+    logps, ref_logps, scores, *_ = (None if x is None else x.to(target.device) for x in _batch(50, 2, False, False))
+    options = {"alpha": 0.0, "reduction": "none", "backend": target.name}
+    info_nca, nca, dpo = (
+        nca_kernels.group_loss(name, logps, ref_logps, scores, **options).loss for name in ("info_nca", "nca", "dpo")
+    )
+    assert torch.allclose(info_nca, dpo, rtol=1e-6, atol=1e-6)
+    r = 0.1 * (logps - ref_logps).double()
+    best = r.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+    nca_pair = -F.logsigmoid(best) - F.logsigmoid(-r).sum(1) / 2
+    assert torch.allclose(nca.double(), nca_pair, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["info_nca", "nca"])
+def test_the_optimum_of_a_free_policy(target, name):
+    """Descended by the backend's own gradients: s / alpha + C for InfoNCA, log(K w), without a free constant, for NCA."""
+    scores = torch.tensor([[0.3, -0.2, 0.9, 0.1], [1.0, 1.0, 0.0, -0.5]], device=target.device)
+    beta, alpha = 0.5, 0.6
+    table = torch.zeros_like(scores, requires_grad=True)
+    optimizer = torch.optim.LBFGS([table], max_iter=60, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = nca_kernels.group_loss(
+            name, table, torch.zeros_like(scores), scores, beta=beta, alpha=alpha, backend=target.name
+        ).loss
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    r = beta * table.detach()
+    if name == "info_nca":
+        constant = r - scores / alpha
+        assert torch.allclose(constant, constant.mean(1, keepdim=True), atol=2e-3)
+    else:
+        assert torch.allclose(r, (4 * (scores / alpha).softmax(1)).log(), atol=2e-3)
 
 
 def test_every_loss_of_the_reference_is_tested():
