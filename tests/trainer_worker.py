@@ -55,10 +55,10 @@ def run(case, folder, processes):
     if case.startswith("fsdp") and processes > 1:
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     options |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": 4 // processes}
-    options |= {"eval_dataset": make_rows(5, seed=1), "save_strategy": "epoch"}
+    options |= {"eval_dataset": make_rows(5, seed=1), "save_strategy": "steps", "save_steps": 2}
     trainer = trained(folder / case, make_rows(11), **options)
     if case.endswith("resumed"):
-        checkpoint = str(folder / case / "checkpoint-3")
+        checkpoint = str(folder / case / "checkpoint-2")  # in the middle of an epoch
         trainer = trained(folder / case, make_rows(11), resume=checkpoint, **options | {"num_train_epochs": 2})
         assert trainer.state.global_step == 6
     metrics = trainer.evaluate()

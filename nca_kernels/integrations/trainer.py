@@ -213,10 +213,12 @@ class NCATrainer(Trainer):
         accelerate gives every rank a full batch, at the end of the data with prompts from its beginning.
         """
         prompts = [len(batch["mask"]) for batch in batches]
-        data = self.accelerator.gradient_state
-        if self.accelerator.num_processes > 1 and data.end_of_dataloader and data.remainder > 0 and batches:
-            first = self.accelerator.process_index * prompts[-1]
-            prompts[-1] = min(max(data.remainder - first, 0), prompts[-1])
+        ranks, data = self.accelerator.num_processes, self.accelerator.gradient_state
+        filled_up = self.accelerator.even_batches and not self.args.dataloader_drop_last
+        if batches and ranks > 1 and filled_up and data.end_of_dataloader:
+            # accelerate's own `remainder` is not set in the rest of an epoch that a resumed run goes on with.
+            last = len(data.active_dataloader.dataset) % (ranks * prompts[-1]) or ranks * prompts[-1]
+            prompts[-1] = min(max(last - self.accelerator.process_index * prompts[-1], 0), prompts[-1])
             batches[-1]["mask"][prompts[-1] :] = False
         return prompts
 
