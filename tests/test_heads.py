@@ -1,6 +1,7 @@
 """Log-probs without logits for Hugging Face models, against each model's own ``.logits``."""
 
 import copy
+import os
 import socket
 
 import pytest
@@ -501,6 +502,7 @@ def distributed_worker(rank, world, port, failures):
             distributed.all_reduce(grad)
             torch.testing.assert_close(ours_grads[name], grad / world, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     distributed.destroy_process_group()
+    os._exit(0)  # as in linear_worker.py: not through gloo's threads
 
 
 def test_fsdp2_and_ddp():
