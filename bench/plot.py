@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -44,7 +45,7 @@ def _drawn(rows: list[dict]) -> dict[str, list[dict]]:
     for (case, dtype, pass_name), group in schema.by_problem(rows).items():
         shown = [row for row in group if row["ms"] and not SIDE_ROWS.search(row["implementation"])]
         if shown:
-            groups[f"{case}\n{dtype}, {pass_name}"] = shown
+            groups[f"{textwrap.fill(case, 48)}\n{dtype}, {pass_name}"] = shown
     return groups
 
 
