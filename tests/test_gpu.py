@@ -114,18 +114,8 @@ def test_the_tensors_device_is_used_not_the_current_one(gpu):
     assert logits.grad.device == loss.device == torch.device("cuda:1")
 
 
-def test_a_cuda_graph_captures_the_linear_family(gpu):
-    """Under capture nothing may wait for the number of scored rows: all rows are kept, ignored ones left out by the kernels."""
-    torch.manual_seed(0)
-    hidden = torch.randn(2, 9, 64, device="cuda", requires_grad=True)
-    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
-    labels = torch.randint(1000, (2, 9), device="cuda")
-    labels[0, :4] = -100
-
-    def step():
-        logps = nca_kernels.linear_sequence_logps(hidden, weight, labels, shift=1, backend=gpu.name)
-        return logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))
-
+def _replayed(step, leaf):
+    """The step captured, replayed on other values of ``leaf``, and computed from them anew."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -135,9 +125,39 @@ def test_a_cuda_graph_captures_the_linear_family(gpu):
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        hidden.copy_(torch.randn_like(hidden))
+        leaf.copy_(torch.randn_like(leaf))
     graph.replay()
-    for replayed, wanted in zip(captured, step(), strict=True):
+    return zip(captured, step(), strict=True)
+
+
+def test_a_cuda_graph_captures_forward_and_backward(gpu):
+    """Nothing syncs with the host, so capture succeeds, and a replay on new values gives the new numbers."""
+    logits = torch.randn(8, 33, 1000, device="cuda", requires_grad=True)
+    labels = torch.randint(1000, (8, 33), device="cuda")
+    labels[0, :4] = -100
+    ref_logps, scores = torch.randn(2, 2, 4, device="cuda")
+
+    def step():
+        logps = nca_kernels.sequence_logps(logits, labels, shift=1, backend=gpu.name)
+        loss = nca_kernels.nca_loss(logps.view(2, 4), ref_logps, scores, backend=gpu.name).loss
+        return loss.detach(), *torch.autograd.grad(loss, logits)
+
+    for replayed, wanted in _replayed(step, logits):
+        assert torch.equal(replayed, wanted)
+
+
+def test_a_cuda_graph_captures_the_linear_family(gpu):
+    """Under capture nothing may wait for the number of scored rows: all rows are kept, ignored ones left out by the kernels."""
+    hidden = torch.randn(2, 9, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(1000, (2, 9), device="cuda")
+    labels[0, :4] = -100
+
+    def step():
+        logps = nca_kernels.linear_sequence_logps(hidden, weight, labels, shift=1, backend=gpu.name)
+        return logps.detach(), *torch.autograd.grad(logps.sum(), (hidden, weight))
+
+    for replayed, wanted in _replayed(step, hidden):
         torch.testing.assert_close(replayed, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -1,8 +1,6 @@
 """Log-probs without logits for Hugging Face models, against each model's own ``.logits``."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
@@ -247,76 +245,6 @@ def test_torch_compile(way):
     assert counts["unique_graphs"] == frames  # the patch of each call is not a new program
 
 
-def lora(name, **config):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(tiny(name), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **config))
-    generator = torch.Generator().manual_seed(4)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            parameter.data.normal_(generator=generator)
-    return model.eval()
-
-
-def test_peft():
-    model, inputs = lora("gemma2", target_modules=["q_proj", "v_proj"]), batch()
-    assert_same(model, inputs)
-    with model.disable_adapter(), torch.no_grad():
-        reference = model_logps(model, *inputs)
-        torch.testing.assert_close(reference, own_logps(model, *inputs), rtol=1e-5, atol=1e-5)
-    assert (reference - model_logps(model, *inputs)).abs().max() > 0.1
-
-
-def test_peft_trained_copy_of_the_head():
-    model = lora("llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model.get_output_embeddings().modules_to_save["default"].weight.data.mul_(1.5)
-    assert_same(model, batch())
-    assert model.get_output_embeddings().modules_to_save["default"].weight.grad.abs().max() > 0
-
-
-def test_peft_lora_on_the_head():
-    """Refused while it acts, also after a use without it; right where it is disabled or merged."""
-    model, inputs = lora("llama", target_modules=["q_proj", "lm_head"]), batch()
-    with model.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(model_logps(model, *inputs), own_logps(model, *inputs), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"LoRA on the head, leave it out of target_modules"):
-        model_logps(model, *inputs)
-    model.merge_adapter()
-    torch.testing.assert_close(model_logps(model, *inputs), own_logps(model, *inputs), rtol=1e-5, atol=1e-5)
-    model.unmerge_adapter()
-    with pytest.raises(ValueError, match=r"lora_A"):
-        model_logps(model, *inputs)
-
-
-def test_peft_lora_on_the_heads_parameter():
-    """Added to the weight itself, it is in the weight that the head's forward reads."""
-    assert_same(lora("llama", target_modules=["q_proj"], target_parameters=["lm_head.weight"]), batch())
-
-
-@pytest.mark.parametrize(
-    "config, settings",
-    [
-        ("IA3Config", {"target_modules": ["q_proj", "lm_head"], "feedforward_modules": []}),
-        ("LoraConfig", {"target_modules": ["lm_head"], "use_dora": True}),
-        ("LoraConfig", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 4]}}),
-        ("VeraConfig", {"target_modules": ["lm_head"]}),
-        ("HRAConfig", {"target_modules": ["lm_head"], "r": 4}),
-    ],
-)
-def test_peft_other_adapters_on_the_head_are_refused(config, settings):
-    """Also those that do nothing yet: the first step of training would change that, unseen."""
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(tiny("llama"), getattr(peft, config)(task_type="CAUSAL_LM", **settings))
-    with pytest.raises(ValueError, match="model: "):
-        model_logps(model, *batch())
-
-
-def test_peft_virtual_tokens_are_refused():
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match=r"labels: got shape \[2, 9\], wanted \[2, 12\].*virtual tokens"):
-        model_logps(model, *batch())
-
-
 class Quantised(nn.Linear):
     def forward(self, input):
         return F.linear(input, self.weight.round(), self.bias)
@@ -455,55 +383,3 @@ def test_bad_arguments():
     with pytest.raises(RuntimeError, match="wanted a call of that very module"), logps_for_logits(outer, labels):
         model(input_ids)
     assert_restored(model)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def distributed_worker(rank, world, port, failures):
-    torch.set_num_threads(1)
-    from torch import distributed
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    distributed.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=world)
-    inputs = tuple(tensor[rank : rank + 1] for tensor in batch())
-    upstream = torch.randn(1, 9, generator=torch.Generator().manual_seed(rank))
-
-    def step(model, function):
-        logps, grads = values_and_grads(function, model, inputs, upstream)
-        whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
-        return logps, {name.removeprefix("module."): whole(grad) for name, grad in grads.items()}
-
-    def sharded(name="gemma2", head_apart=True, **head_options):
-        model = tiny(name, tie_word_embeddings=not head_apart)
-        for layer in model.model.layers:
-            fully_shard(layer)
-        if head_apart:
-            fully_shard(model.lm_head, **head_options)
-        return fully_shard(model, reshard_after_forward=True)
-
-    for name, make in [
-        ("gemma2", lambda: DistributedDataParallel(tiny("gemma2"))),
-        ("gemma2", lambda: sharded(head_apart=False)),
-        ("gemma2", sharded),
-        # What leaves the head is rounded to bfloat16; the log-probs must not be.
-        ("llama", lambda: sharded("llama", mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))),
-    ]:
-        ours, ours_grads = step(make(), model_logps)
-        plain = tiny(name, tie_word_embeddings="lm_head.weight" not in ours_grads)
-        wanted, grads = step(plain, own_logps)
-        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
-        assert ours_grads.keys() == grads.keys()
-        for name, grad in grads.items():
-            distributed.all_reduce(grad)
-            torch.testing.assert_close(ours_grads[name], grad / world, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    distributed.destroy_process_group()
-    os._exit(0)  # as in linear_worker.py: not through gloo's threads
-
-
-def test_fsdp2_and_ddp():
-    torch.multiprocessing.spawn(distributed_worker, (2, free_port(), None), nprocs=2)
