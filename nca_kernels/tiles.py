@@ -12,9 +12,9 @@ import os
 import torch
 from torch import Tensor
 
-# Bytes of a tile. On a CPU half the cache that its cores share (32 MiB where it was measured: with all of it, the frozen head
-# in bfloat16 took 2.21 U for 2.12), so that the row kernels find it there; on a GPU what gives one GEMM a piece of work for
-# every multiprocessor. The environment variable NCA_KERNELS_TILE_BYTES overrides both.
+# Bytes of a tile. On a CPU half the cache that its cores share (32 MiB where it was measured; 32 MiB were no faster), so that
+# the row kernels find it there beside the GEMM's operands; on a GPU what gives one GEMM a piece of work for every
+# multiprocessor. The environment variable NCA_KERNELS_TILE_BYTES overrides both.
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 # The most rows of a tile, the head frozen or not. Frozen, a tile should span the vocabulary, for each slice more is a pass

@@ -67,3 +67,12 @@ def kernels(request):
 def default_dispatch(monkeypatch):
     """The dispatch of a user, for whom Triton's interpreter is not on."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models too small for two threads: their waiting for each other takes ten times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -17,17 +17,13 @@ ONCE = Budget(rounds=1, seconds=0.0)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No half a minute of compiling for torch.compile's peer, and no waiting of threads for each other at tiny shapes."""
+def quick(monkeypatch, one_thread):
+    """No half a minute of compiling for torch.compile's peer."""
 
     def refuse(*_, **__):
         raise Unsupported("not in the tests")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("suite", command.SUITES)

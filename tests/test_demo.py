@@ -15,16 +15,7 @@ from nca_kernels.experiments.align import Method, align
 from nca_kernels.experiments.tasks import TASKS
 from nca_kernels.losses import LOSSES
 
-pytestmark = pytest.mark.usefixtures("default_dispatch")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the demo runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
 
 
 SUMS, CHAINS = TASKS["sums"], TASKS["chains"]

@@ -25,7 +25,7 @@ from nca_kernels import cli
 from nca_kernels.integrations.config import NCAConfig
 from nca_kernels.integrations.run_config import Sources
 
-pytestmark = pytest.mark.usefixtures("default_dispatch")
+pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -52,15 +52,6 @@ def user(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         yield folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The model is too small for two, and waiting for each other takes ten times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -30,14 +29,11 @@ SEARCHED = [contender for contender in CONTENDERS if contender.loss and not cont
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As it runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_thread(one_thread):
+    """As it runs: without Triton's interpreter, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
-    torch.set_num_threads(threads)
 
 
 def records(folder):
