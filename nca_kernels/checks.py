@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT32 = torch.finfo(torch.float32)
+INT64 = torch.iinfo(torch.int64)
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], wanted: str) -> None:
@@ -41,20 +45,33 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name}: on {value.device}, wanted {other.device}, where {other_name} is")
 
 
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a bool")
+
+
+def integer_between(name: str, value: object, low: int, high: int, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, wanted {wanted}")
+
+
 def positive(name: str, value: object) -> float:
-    """The number as a float; ``ValueError`` unless it is finite and above zero."""
-    return _number(name, value, lambda number: number > 0, "a finite number > 0")
+    """The number as a float; ``ValueError`` unless it is finite and above zero, in float32 too."""
+    return _number(name, value, FLOAT32.tiny, "a finite number > 0")
 
 
 def non_negative(name: str, value: object) -> float:
-    return _number(name, value, lambda number: number >= 0, "a finite number >= 0")
+    return _number(name, value, 0, "a finite number >= 0")
 
 
-def _number(name, value, accepts, wanted) -> float:
+def _number(name, value, least, wanted) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
-    if not (math.isfinite(value) and accepts(value)):
-        raise ValueError(f"{name}: got {value}, wanted {wanted}")
+    # A comparison alone: torch.compile, where it takes the number for a variable, knows no math.isfinite. NaN fails it.
+    if not least <= value <= FLOAT32.max:
+        raise ValueError(f"{name}: got {value}, wanted {wanted}, in float32")
     return float(value)
 
 
@@ -67,10 +84,7 @@ def rows(labels: Tensor, leading: tuple[int, ...], of: str, shift: int, cu_seqle
     """The arguments that the token functions share: labels, shift and segment bounds against ``of``'s leading shape."""
     integer("labels", labels)
     shape("labels", labels, leading, f"{of} without its last dimension")
-    if isinstance(shift, bool) or not isinstance(shift, int):
-        raise TypeError(f"shift: got {type(shift).__name__}, wanted an int >= 0")
-    if shift < 0:
-        raise ValueError(f"shift: got {shift}, wanted an int >= 0")
+    integer_between("shift", shift, 0, INT64.max, "an int >= 0")
     if cu_seqlens is None:
         if shift and len(leading) < 2:
             raise ValueError(
@@ -86,8 +100,31 @@ def rows(labels: Tensor, leading: tuple[int, ...], of: str, shift: int, cu_seqle
     same_device("cu_seqlens", cu_seqlens, "labels", labels)
 
 
+def are_read(values: Tensor) -> bool:
+    """May a check read these: on the CPU; on a GPU, where it costs a sync, by ``NCA_KERNELS_CHECK=1``; fake ones never."""
+    return (values.device.type == "cpu" or os.environ.get("NCA_KERNELS_CHECK") == "1") and not isinstance(values, FakeTensor)
+
+
+def vocabulary(labels: Tensor, ignore_index: int, vocab_total: int) -> None:
+    """``IndexError`` for a label that is neither in ``[0, vocab_total)`` nor ``ignore_index``. Syncs on a GPU."""
+    bad = ((labels < 0) | (labels >= vocab_total)) & (labels != ignore_index)
+    if bad.any():
+        raise illegal_label(labels, int(bad.flatten().nonzero()[0]), ignore_index, vocab_total)
+
+
+def illegal_label(labels: Tensor, position: int, ignore_index: int, vocab_total: int) -> IndexError:
+    return IndexError(
+        f"labels: the label {int(labels.flatten()[position])} of the logits at flat position {position} is neither in "
+        f"[0, {vocab_total}) nor ignore_index ({ignore_index})"
+    )
+
+
 def segment_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """``ValueError`` unless the bounds rise from 0 to ``tokens``. Reads values: syncs on a GPU."""
+    """``ValueError`` unless the bounds rise from 0 to ``tokens``; ``RuntimeError`` in a compiled graph. Syncs on a GPU."""
+    if torch.compiler.is_compiling():
+        rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        torch._assert_async(rising, "cu_seqlens: wanted bounds that rise from 0 to the packed row's length")
+        return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
         raise ValueError(f"cu_seqlens: got {bounds}, wanted bounds that rise from 0 to {tokens}, the packed row's length")

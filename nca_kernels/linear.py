@@ -144,16 +144,40 @@ def merge_ranks(head: Head, labels: Tensor, stats: Tensor, u: Tensor, blocks: li
 # --- rows and tiles --------------------------------------------------------------------------------------------------
 
 
+def is_captured(values: Tensor) -> bool:
+    """Is a CUDA graph recording what is done to these? It cannot wait for a number of theirs."""
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def scored_rows(labels: Tensor, ignore_index: int) -> Tensor | None:
     """The indices of the rows with a label, ``None`` for all.
 
-    On a GPU their number is worth one sync: it is what makes ignored rows free. A CUDA graph cannot wait for it and
-    keeps all rows; the row kernels leave the ignored ones out.
+    On a GPU their number is worth one sync: it is what makes ignored rows free. A CUDA graph keeps all rows; the row
+    kernels leave the ignored ones out.
     """
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(labels):
         return None
     rows = (labels != ignore_index).nonzero().squeeze(1)
     return None if len(rows) == len(labels) else rows
+
+
+def room_to_keep(kept: Tensor) -> Tensor:
+    """The part of ``kept`` for logits; its last element says whether they are there.
+
+    A graph keeps none: it has all rows where a forward or backward outside of it has the scored ones, so the one would find
+    the other's logits in the wrong place.
+    """
+    if kept.numel() == 0:
+        return kept
+    fills = not is_captured(kept)
+    kept[-1].fill_(float(fills))
+    return kept[:-1] if fills else kept[:0]
+
+
+def kept_logits(kept: Tensor) -> Tensor:
+    """The logits that forward has kept."""
+    there = kept.numel() > 0 and not is_captured(kept) and bool(kept[-1])
+    return kept[:-1] if there else kept[:0]
 
 
 def gather(values: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:
@@ -169,6 +193,10 @@ def scatter(values: Tensor, rows: Tensor | None, M: int, dim: int = 0) -> Tensor
     return values.new_zeros(shape).index_copy_(dim, rows, values)
 
 
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNED) * ALIGNED
+
+
 class Tiling:
     """The rows in blocks, the columns in slices, a buffer for one tile, and room for the logits that are kept."""
 
@@ -181,11 +209,12 @@ class Tiling:
         self.blocks = split(M, rows)
         self.slices = split(stored, columns, ALIGNED)
         self.slices += [slice(stored + s.start, stored + s.stop) for s in split(V - stored, columns, ALIGNED)]
-        self.buffer = hidden.new_empty(rows * columns)
+        self.buffer = hidden.new_empty(rows * _aligned(columns))
 
     def tile(self, block: slice, columns: slice) -> Tensor:
-        shape = (block.stop - block.start, columns.stop - columns.start)
-        return self.buffer[: shape[0] * shape[1]].view(shape)
+        """Its rows start at multiples of ``ALIGNED``, also where V is odd: for the GEMMs that write and read it."""
+        rows, width = block.stop - block.start, columns.stop - columns.start
+        return self.buffer[: rows * _aligned(width)].view(rows, -1)[:, :width]
 
     def logits(self, block: slice, columns: slice) -> tuple[Tensor, bool]:
         """Where a tile's logits belong, and whether they are kept there."""
@@ -201,13 +230,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``logps [M]``, ``stats [3, M]`` and, for a ``frozen`` head, ``u = dlogp/dhidden [M, D]``, else an empty tensor.
 
-    ``kept`` is flat room for logits, where as many columns as fit stay for :func:`backward`. With a ``group``, ``u`` is
-    this rank's addend to the sum over ranks, in float32.
+    ``kept`` is flat room for logits, where as many columns as fit stay for :func:`backward` (:func:`room_to_keep`). With a
+    ``group``, ``u`` is this rank's addend to the sum over ranks, in float32.
     """
     rows = scored_rows(labels, head.ignore_index)
     x, y = gather(hidden, rows), gather(labels, rows)
     M, D = x.shape
-    tiling = Tiling(head, x, kept, frozen)
+    tiling = Tiling(head, x, room_to_keep(kept), frozen)
     stats = x.new_empty((3, M), dtype=torch.float32)
     u = x.new_empty((M if frozen else 0, D), dtype=torch.float32 if group else x.dtype)
     one_slice = len(tiling.slices) == 1 and not group
@@ -252,7 +281,7 @@ def backward(
     rows = scored_rows(labels, head.ignore_index)
     x, y, dy = gather(hidden, rows), gather(labels, rows), gather(dlogps, rows)
     stats = gather(stats, rows, dim=1)
-    tiling = Tiling(head, x, kept, frozen=False)
+    tiling = Tiling(head, x, kept_logits(kept), frozen=False)
     blocks = tiling.blocks
     dx = torch.empty_like(x, dtype=torch.float32 if group else x.dtype) if needs[0] else x.new_empty(0)
     dweight = x.new_empty(head.weight.shape if needs[1] else 0)

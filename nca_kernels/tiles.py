@@ -24,14 +24,19 @@ MOST_ROWS = {"cpu": (1024, 2048), "cuda": (1024, 8192)}
 # Slices start at multiples of this, so that the vendor's GEMM finds its operands aligned.
 ALIGNED = 64
 
-# PyTorch >= 2.8 can leave the product of bfloat16 or float16 matrices in float32; on CUDA alone.
-WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
+# PyTorch >= 2.8 can leave the product of bfloat16 or float16 matrices in float32, and >= 2.10 add it to a float32 matrix (2.8 and
+# 2.9 want the addend in the operands' dtype); on CUDA alone.
+WIDE_PRODUCTS = "dtype_out" in torch.ops.aten.mm.overloads()
+WIDE_SUMS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
 
 
 def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen: bool) -> tuple[int, int]:
     """Rows and columns of the tiles of ``[M, V]``. The head not ``frozen``, half the bytes are left to float32 sums."""
     kind = "cpu" if device.type == "cpu" else "cuda"
-    size = int(os.environ.get("NCA_KERNELS_TILE_BYTES", TILE_BYTES[kind])) // dtype.itemsize
+    given = os.environ.get("NCA_KERNELS_TILE_BYTES", str(TILE_BYTES[kind]))
+    if not given.isdecimal():
+        raise ValueError(f"NCA_KERNELS_TILE_BYTES: got {given!r}, wanted a number of bytes")
+    size = int(given) // dtype.itemsize
     if not frozen:
         size //= 2
     rows = max(1, min(M, MOST_ROWS[kind][not frozen], size // min(V, ALIGNED)))
@@ -77,8 +82,10 @@ class ProductSum:
             product(a, b, self.total)
         elif a.dtype == torch.float32:
             self.total.addmm_(a, b)
-        elif a.is_cuda and WIDE_PRODUCTS:
+        elif a.is_cuda and WIDE_SUMS:
             torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
+        elif a.is_cuda and WIDE_PRODUCTS:
+            self.total.add_(torch.mm(a, b, out_dtype=torch.float32))
         else:
             self.total.add_(torch.mm(a, b))
         self.begun = True
