@@ -64,7 +64,10 @@ struct Prompt {
   }
 
   // What a pair compares (r, or l / n for IPO) and its derivative by logp.
-  NCA_HOST_DEVICE float length(std::int64_t i) const { return p.lengths ? fmaxf(p.lengths[first + i], 1.f) : 1.f; }
+  NCA_HOST_DEVICE float length(std::int64_t i) const {
+    const float n = p.lengths ? p.lengths[first + i] : 1.f;
+    return n < 1.f ? 1.f : n;  // not fmaxf, which would hide NaN
+  }
   NCA_HOST_DEVICE float margin(std::int64_t i) const { return p.name == kIPO ? log_ratio(i) / length(i) : reward(i); }
   NCA_HOST_DEVICE float dmargin(std::int64_t i) const { return p.name == kIPO ? 1.f / length(i) : p.beta; }
 

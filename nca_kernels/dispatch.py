@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import checks
 from .backends import BACKENDS
 
 OPS = ("token_logps", "linear_token_logps", "group_loss")
@@ -27,6 +28,8 @@ def resolve(
     ``obstacle`` is a reason of the call's own why no kernel can serve it (a layout, say): only ``torch`` then can.
     Raises ``ValueError`` for an unknown backend and ``RuntimeError``, with every reason, for one that cannot run.
     """
+    if not isinstance(backend, (str, type(None))):
+        raise TypeError(f"backend: got {type(backend).__name__}, wanted None or a name")
     # The interpreter's variable is the one thing that may change the answer for the same call.
     return _resolve(op, backend, device, dtype, loss, obstacle, os.environ.get("TRITON_INTERPRET"))
 
@@ -53,11 +56,19 @@ def _resolve(op, backend, device, dtype, loss, obstacle, interpreter) -> str:
     raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(obstacles[backend])}")
 
 
+def layout_obstacle(logits: Tensor) -> str | None:
+    """Why no kernel reads these logits, if so."""
+    if logits.ndim and logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return "the kernels read rows of stride 1 along the vocabulary, the last dimension of logits, and these have another"
+    return None
+
+
 def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None) -> str:
     """Which backend would run each operation here, and why each other would not.
 
     Args:
-        tensor_or_device: a tensor (its device and dtype count) or a device, or a device's name (float32 is assumed).
+        tensor_or_device: a tensor (its device, dtype and, as logits, strides count), a device, or its name (float32 is
+            assumed).
         op: ``"token_logps"``, ``"linear_token_logps"`` or ``"group_loss"``; all of them where ``None``.
 
     Returns:
@@ -65,6 +76,7 @@ def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None
 
     Raises:
         ValueError: an unknown ``op``.
+        TypeError: neither a tensor nor a device, or a tensor that is not floating.
 
     Example:
         >>> print(explain("cpu", "group_loss"))  # doctest: +ELLIPSIS
@@ -73,16 +85,22 @@ def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None
     """
     if op is not None and op not in OPS:
         raise ValueError(f"op: got {op!r}, wanted None or one of {', '.join(map(repr, OPS))}")
+    obstacle = None
     if isinstance(tensor_or_device, Tensor):
-        device, dtype = tensor_or_device.device, tensor_or_device.dtype
-    else:
+        checks.floating("tensor_or_device", tensor_or_device)
+        device, dtype, obstacle = tensor_or_device.device, tensor_or_device.dtype, layout_obstacle(tensor_or_device)
+    elif isinstance(tensor_or_device, (str, torch.device)):
         device, dtype = torch.device(tensor_or_device), torch.float32
+    else:
+        raise TypeError(f"tensor_or_device: got {type(tensor_or_device).__name__}, wanted a tensor, a device or its name")
     lines = []
     for each in OPS if op is None else [op]:
         lines.append(f"{each} on {device}, {dtype}")
         chosen = False
         for name, backend in BACKENDS.items():
             reasons = backend.unsupported(each, device, dtype)
+            if obstacle and each == "token_logps" and name != "torch":
+                reasons.append(obstacle)
             verdict = "; ".join(reasons) or ("would run too" if chosen else "runs")
             chosen = chosen or not reasons
             lines.append(f"  {name:<7} {verdict}")

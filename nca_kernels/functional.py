@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import checks, ops, parallel, reference
-from .dispatch import resolve
+from .dispatch import layout_obstacle, resolve
 from .segments import sequence_sums, shift_labels
 
 
@@ -102,6 +104,7 @@ def sequence_logps(
         >>> sequence_logps(logits, labels, shift=1, average=True)
         tensor([-1.3863, -1.3863])
     """
+    checks.flag("average", average)
     _check_logits(logits, labels, shift, ignore_index, cu_seqlens)
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, cu_seqlens)
     logps = _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend)
@@ -119,9 +122,8 @@ def _check_rows(labels, values, name, shift, ignore_index, cu_seqlens) -> None:
     """What the functions of logits and of hidden states (``values``) ask of labels and segment bounds alike."""
     checks.rows(labels, tuple(values.shape[:-1]), name, shift, cu_seqlens)
     checks.same_device("labels", labels, name, values)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
-    if cu_seqlens is not None and not torch.compiler.is_compiling() and ops.labels_are_checked(cu_seqlens):
+    checks.integer_between("ignore_index", ignore_index, checks.INT64.min, checks.INT64.max, "an int of 64 bits")
+    if cu_seqlens is not None and checks.are_read(cu_seqlens):
         checks.segment_bounds(cu_seqlens, labels.numel())
 
 
@@ -129,14 +131,16 @@ def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward,
     """:func:`token_logps` after its checks of shapes, for labels already shifted."""
     scale = checks.positive("scale", scale)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
-    V = logits.shape[-1]
-    obstacle = None
-    if V > 1 and logits.stride(-1) != 1:
-        obstacle = f"the kernels read rows of stride 1 along the vocabulary, logits has stride {logits.stride(-1)}"
-    name = resolve("token_logps", backend, logits.device, logits.dtype, obstacle=obstacle)
+    checks.flag("inplace_backward", inplace_backward)
+    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            f"inplace_backward: logits of shape {list(logits.shape)} has strides {list(logits.stride())}, one row for several "
+            "positions; wanted a row for each gradient, or inplace_backward=False"
+        )
+    name = resolve("token_logps", backend, logits.device, logits.dtype, obstacle=layout_obstacle(logits))
     if name == "torch":
-        if not torch.compiler.is_compiling() and ops.labels_are_checked(labels):
-            ops.check_labels(labels, ignore_index, V)
+        if not torch.compiler.is_compiling() and checks.are_read(labels):
+            checks.vocabulary(labels, ignore_index, logits.shape[-1])
         return reference.token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
     rows = _three_dimensional(logits)
     shape = rows.shape[:2]
@@ -151,7 +155,7 @@ def _three_dimensional(logits: Tensor) -> Tensor:
     if logits.ndim == 2:
         return logits.unsqueeze(0)
     try:
-        return logits.view(-1, *logits.shape[-2:]) if logits.ndim > 3 else logits
+        return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:]) if logits.ndim > 3 else logits
     except RuntimeError:
         raise ValueError(
             f"logits: shape {list(logits.shape)} with strides {list(logits.stride())} is no view of [N, T, V]; wanted "
@@ -256,6 +260,7 @@ def linear_sequence_logps(
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.zeros(4, 2), torch.tensor([[3, 1, 2]]), shift=1)
         tensor([-2.7726])
     """
+    checks.flag("average", average)
     weight, bias, group = parallel.local_head(weight, bias, tp_group)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget, group)
@@ -267,9 +272,12 @@ def linear_sequence_logps(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the active autocast dtype, if there is one; float64 stays, as in autocast's own matrix products."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    kind = first.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
@@ -286,8 +294,7 @@ def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens,
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1")
     if bias is not None:
         checks.shape("bias", bias, (len(weight),), "the rows of weight")
-    if isinstance(save_budget, bool) or not isinstance(save_budget, int) or save_budget < 0:
-        raise ValueError(f"save_budget: got {save_budget!r}, wanted an int >= 0, in bytes")
+    checks.integer_between("save_budget", save_budget, 0, checks.INT64.max, "an int >= 0, in bytes")
     _check_rows(labels, hidden, "hidden", shift, ignore_index, cu_seqlens)
 
 
@@ -301,8 +308,8 @@ def _linear_token_logps(
     if name == "torch":
         if group:
             raise ValueError("tp_group: backend 'torch' has no vocabulary-parallel head; wanted None or another backend")
-        if not torch.compiler.is_compiling() and ops.labels_are_checked(labels):
-            ops.check_labels(labels, ignore_index, len(weight))
+        if not torch.compiler.is_compiling() and checks.are_read(labels):
+            checks.vocabulary(labels, ignore_index, len(weight))
         return reference.linear_token_logps(
             hidden, weight, labels, bias=bias, ignore_index=ignore_index, scale=scale, softcap=softcap
         )
@@ -310,7 +317,7 @@ def _linear_token_logps(
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     mode = "none" if not any(needs) else "trained" if any(needs[1:]) else "frozen"
     logps, *_ = ops.linear_token_logps(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).contiguous(), vocab_start, vocab_total,
+        hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, labels.reshape(-1).contiguous(), vocab_start, vocab_total,
         ignore_index, scale, softcap, save_budget, mode, group, name,
     )  # fmt: skip
     return logps.view(labels.shape)
@@ -344,7 +351,13 @@ def selective_log_softmax(
     """
     checks.floating("logits", logits)
     checks.integer("index", index)
+    if row_mask is not None:
+        if not isinstance(row_mask, Tensor):
+            raise TypeError(f"row_mask: got {type(row_mask).__name__}, wanted a tensor")
+        checks.shape("row_mask", row_mask, tuple(index.shape), "that of index")
     if index.ndim == logits.ndim:
+        if index.shape[-1] == 0:
+            return logits.new_empty(index.shape)
         columns = [
             selective_log_softmax(logits, column, temperature, None if row_mask is None else row_mask[..., k])
             for k, column in enumerate(index.unbind(-1))
@@ -354,7 +367,6 @@ def selective_log_softmax(
     unread = torch.iinfo(torch.int64).min
     labels = index.to(torch.int64)
     if row_mask is not None:
-        checks.shape("row_mask", row_mask, tuple(index.shape), "that of index")
         labels = labels.masked_fill(row_mask == 0, unread)
     scale = 1.0 / checks.positive("temperature", temperature)
     _check_logits(logits, labels, 0, unread, None)

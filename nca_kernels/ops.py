@@ -9,12 +9,9 @@ and so would every probability formed from it.
 
 from __future__ import annotations
 
-import os
-
 import torch
-from torch import Tensor
 
-from . import linear, memory
+from . import checks, linear, memory
 from .backends import BACKENDS
 
 LIBRARY = torch.library.Library("nca_kernels", "DEF")
@@ -52,6 +49,11 @@ def _differentiable(op, inputs: int, setup_context, backward):
             return None, *backward(ctx, *doutputs)
 
     def derivative(*arguments):
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "torch.func.grad, vjp, jvp and what is made of them: the kernels of nca_kernels have torch.autograd's "
+                "gradients alone; call the function with backend='torch'"
+            )
         return Derivative.apply(arguments[inputs:], *arguments[:inputs])
 
     def call(*arguments):
@@ -64,22 +66,6 @@ def _differentiable(op, inputs: int, setup_context, backward):
     return call
 
 
-def check_labels(labels: Tensor, ignore_index: int, vocab_total: int) -> None:
-    """Raise ``IndexError`` for a label that is neither in ``[0, vocab_total)`` nor ``ignore_index``. Syncs on a GPU."""
-    bad = ((labels < 0) | (labels >= vocab_total)) & (labels != ignore_index)
-    if bad.any():
-        row = bad.flatten().nonzero()[0].item()
-        raise IndexError(
-            f"labels: the label {labels.flatten()[row].item()} at flat position {row} is neither in [0, {vocab_total}) "
-            f"nor ignore_index ({ignore_index})"
-        )
-
-
-def labels_are_checked(labels: Tensor) -> bool:
-    """Always on the CPU; on a GPU, where it costs a sync, by ``NCA_KERNELS_CHECK=1``."""
-    return labels.device.type == "cpu" or os.environ.get("NCA_KERNELS_CHECK") == "1"
-
-
 # --- token_logps ---------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +74,8 @@ def labels_are_checked(labels: Tensor) -> bool:
     "str backend) -> (Tensor logps, Tensor stats)"
 )
 def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend):
-    if backend != "cpu" and labels_are_checked(labels):  # the cpu kernel looks for itself
-        check_labels(labels, ignore_index, logits.shape[-1])
+    if backend != "cpu" and checks.are_read(labels):  # the cpu kernel looks for itself
+        checks.vocabulary(labels, ignore_index, logits.shape[-1])
     logps, stats = _token_logps_fake(logits, labels, ignore_index, scale, softcap, inplace_backward, backend)
     BACKENDS[backend].token_logps_fwd(
         logits, labels, logps, stats,
@@ -156,6 +142,9 @@ def _token_logps_backward(ctx, dlogps, _dstats):
         return (token_logps_bwd(dlogps, logits, labels, stats, *settings),)
     if torch.is_grad_enabled():
         _no_second_derivative()
+    # Whoever has saved these logits for a backward of their own (a second call, an activation that keeps its output) must
+    # meet PyTorch's error, not the gradient in their place.
+    torch.autograd.graph.increment_version(logits)
     logits = logits.detach()
     token_logps_bwd_(dlogps, logits, labels, stats, *settings)
     return (logits,)
@@ -189,15 +178,17 @@ def _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, 
 def _linear_token_logps(
     hidden, weight, bias, labels, vocab_start, vocab_total, ignore_index, scale, softcap, save_budget, mode, group, backend
 ):
-    if labels_are_checked(labels):
-        check_labels(labels, ignore_index, vocab_total)
+    if checks.are_read(labels):
+        checks.vocabulary(labels, ignore_index, vocab_total)
     head = _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend)
     kept = hidden.new_empty(_kept_elements(hidden, weight, save_budget, mode))
     return *linear.forward(head, hidden, labels, kept, mode == "frozen", group), kept
 
 
 def _kept_elements(hidden, weight, save_budget, mode) -> int:
-    return min(save_budget // hidden.dtype.itemsize, len(hidden) * len(weight)) if mode == "trained" else 0
+    """Room for logits, and for one number that says whether they are there."""
+    room = min(save_budget // hidden.dtype.itemsize, len(hidden) * len(weight)) if mode == "trained" else 0
+    return room + 1 if room else 0
 
 
 @torch.library.register_fake("nca_kernels::linear_token_logps", lib=LIBRARY)

@@ -35,12 +35,20 @@ class _SegmentSum(torch.autograd.Function):
     PyTorch's own derivative of ``segment_reduce`` has no second one; a gather has.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, values, cu_seqlens):
+    def forward(values, cu_seqlens):
+        # Unchecked on a GPU, bounds may be anything, and segment_reduce reads wherever they point.
+        offsets = cu_seqlens.clamp(0, len(values))
+        # It adds one after the other: in float32 the sum of 8192 tokens was 17 ulp off.
+        return torch.segment_reduce(values.double(), "sum", offsets=offsets, axis=0, unsafe=True).to(values.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, cu_seqlens = inputs
         ctx.save_for_backward(cu_seqlens)
         ctx.tokens = len(values)
-        # It adds one after the other: in float32 the sum of 8192 tokens was 17 ulp off.
-        return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, axis=0, unsafe=True).to(values.dtype)
 
     @staticmethod
     def backward(ctx, dsums):

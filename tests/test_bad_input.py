@@ -22,6 +22,17 @@ LOGITS, LABELS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
         ((LOGITS, LABELS.to("meta")), {}, ValueError, "labels: on meta, wanted cpu"),
         ((LOGITS, LABELS), {"shift": -1}, ValueError, "shift: got -1, wanted an int >= 0"),
         ((LOGITS, LABELS), {"shift": 1.0}, TypeError, "shift: got float"),
+        ((LOGITS, LABELS), {"inplace_backward": "no"}, TypeError, "inplace_backward: got str, wanted a bool"),
+        (
+            (LOGITS[:1].expand(2, 3, 5), LABELS),
+            {"inplace_backward": True},
+            ValueError,
+            "inplace_backward: logits of shape [2, 3, 5] has strides [0, 5, 1], one row for several positions; wanted a row",
+        ),
+        ((LOGITS, LABELS), {"ignore_index": 2**63}, ValueError, "ignore_index: got 9223372036854775808, wanted an int of 64"),
+        ((LOGITS, LABELS), {"softcap": 1e-46}, ValueError, "softcap: got 1e-46, wanted a finite number > 0, in float32"),
+        ((LOGITS, LABELS), {"scale": 1e39}, ValueError, "scale: got 1e+39, wanted a finite number > 0, in float32"),
+        ((LOGITS, LABELS), {"backend": ["cpu"]}, TypeError, "backend: got list, wanted None or a name"),
         ((LOGITS[0], LABELS[0]), {"shift": 1}, ValueError, "shift: got 1 with logits of one row of tokens; wanted 0"),
         ((LOGITS, LABELS), {"ignore_index": None}, TypeError, "ignore_index: got NoneType, wanted an int"),
         ((LOGITS, LABELS), {"scale": 0.0}, ValueError, "scale: got 0.0, wanted a finite number > 0"),
@@ -43,7 +54,7 @@ def test_a_label_outside_the_vocabulary(target, label):
     labels[1, 2] = label
     logits = LOGITS.to(target.device).requires_grad_()
     labels = labels.to(target.device)
-    message = re.escape(f"labels: the label {label} at flat position 5 is neither in [0, 5) nor ignore_index (-100)")
+    message = re.escape(f"labels: the label {label} of the logits at flat position 5 is neither in [0, 5) nor ignore_index (-100)")
     if target.device.type == "cpu":
         with pytest.raises(IndexError, match=message):
             nca_kernels.token_logps(logits, labels, backend=target.name)
@@ -119,3 +130,31 @@ LOGPS = torch.randn(2, 3)
 def test_group_loss(name, arguments, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         nca_kernels.group_loss(name, *arguments, **options)
+
+
+def test_average_is_a_bool():
+    with pytest.raises(TypeError, match="average: got str, wanted a bool"):
+        nca_kernels.sequence_logps(LOGITS, LABELS, average="no")
+
+
+def test_linear_token_logps(monkeypatch):
+    hidden, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="save_budget: got 1180591620717411303424, wanted an int >= 0, in bytes"):
+        nca_kernels.linear_token_logps(hidden, weight, LABELS, save_budget=2**70)
+    with pytest.raises(TypeError, match="tp_group: got str, wanted a process group"):
+        nca_kernels.linear_token_logps(hidden, weight, LABELS, tp_group="tp")
+    monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", "32M")
+    with pytest.raises(ValueError, match="NCA_KERNELS_TILE_BYTES: got '32M', wanted a number of bytes"):
+        nca_kernels.linear_token_logps(hidden, weight, LABELS)
+
+
+def test_row_mask():
+    with pytest.raises(TypeError, match="row_mask: got list, wanted a tensor"):
+        nca_kernels.selective_log_softmax(LOGITS, LABELS, row_mask=[[True] * 3] * 2)
+
+
+def test_explain():
+    with pytest.raises(TypeError, match="tensor_or_device: got NoneType, wanted a tensor, a device or its name"):
+        nca_kernels.explain(None)
+    with pytest.raises(TypeError, match="tensor_or_device: got a tensor of torch.int64"):
+        nca_kernels.explain(LABELS)

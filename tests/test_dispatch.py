@@ -40,6 +40,8 @@ def test_falling_to_torch_warns_once(default_dispatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(nca_kernels.token_logps(logits, labels), ours)
+        nca_kernels.token_logps(torch.randn(5, 4, 6).transpose(1, 2), torch.zeros(5, 6, dtype=torch.int64))
+    assert "cpu     the kernels read rows of stride 1" in nca_kernels.explain(logits, "token_logps")
     assert torch.allclose(ours, nca_kernels.token_logps(logits.contiguous(), labels), atol=1e-6)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import nca_kernels
+from nca_kernels.segments import sequence_sums
 
 OPS = torch.ops.nca_kernels
 
@@ -64,6 +65,27 @@ def test_compiles_to_one_graph(target, inplace):
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
 
 
+def test_compiles_once_for_numbers_and_sizes_that_change(target):
+    """Dynamic shapes, and settings that are variables of the graph (a schedule of beta, say)."""
+
+    def loss(logits, labels, ref_logps, beta, scale, softcap):
+        logps = nca_kernels.sequence_logps(logits, labels, shift=1, scale=scale, softcap=softcap, backend=target.name)
+        return nca_kernels.info_nca_loss(logps.view(-1, 2), ref_logps, beta=beta, alpha=beta, backend=target.name).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for T, V, *settings in ((3, 65, 0.1, 1.0, 5.0), (4, 40, 0.2, 0.5, 7.0), (5, 33, 0.3, 0.7, 9.0)):
+        logits = torch.randn(2, T, V, device=target.device, requires_grad=True)
+        labels = torch.randint(V, (2, T), device=target.device)
+        ref_logps = torch.randn(1, 2, device=target.device)
+        results = []
+        for function in (loss, compiled):
+            value = function(logits, labels, ref_logps, *settings)
+            results.append((value.detach(), *torch.autograd.grad(value, logits)))
+        assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
+        assert torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)
+
+
 def test_compiles_packed_sequences(target):
     logits, labels = _token_arguments(target)
     bounds = torch.tensor([0, 2, 6], device=target.device)
@@ -75,6 +97,26 @@ def test_compiles_packed_sequences(target):
 
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(loss, fullgraph=True)(logits), loss(logits), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2, 10**9], [1, 6], [0, 2, 5], [0, 4, 2, 6]])
+def test_compiled_segment_bounds_are_checked(bounds):
+    """A compiled graph raises no ValueError that reads a tensor, but it must not read out of bounds either."""
+    logits, labels = torch.randn(6, 5), torch.zeros(6, dtype=torch.int64)
+    bounds = torch.tensor(bounds)
+
+    def logps(logits, bounds):
+        return nca_kernels.sequence_logps(logits, labels, shift=1, cu_seqlens=bounds)
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="cu_seqlens: wanted bounds that rise from 0"):
+        torch.compile(logps, fullgraph=True)(logits, bounds)
+
+
+def test_unchecked_segment_bounds_stay_inside():
+    """On a GPU bounds are not looked at; what they point at outside of the row must not be read all the same."""
+    sums = sequence_sums(torch.ones(6), torch.tensor([-(10**12), 2, 10**12]))
+    assert sums.tolist() == [2, 4]
 
 
 def test_tracing_below_the_derivative_meets_the_operators(kernels):
@@ -101,6 +143,41 @@ def test_vmap_maps_the_operators(kernels):
     stacked = torch.stack([logits, 2 * logits])
     tokens = torch.func.vmap(lambda x: nca_kernels.token_logps(x, labels, backend=kernels.name))(stacked)
     assert torch.equal(tokens[1], nca_kernels.token_logps(2 * logits, labels, backend=kernels.name))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms_are_refused_or_exact(kernels):
+    """torch.func.grad and its kin: a clear error on kernels, exact on ``torch``, packed sequences included."""
+    logits, labels = _token_arguments(kernels, requires_grad=False)
+    bounds = torch.tensor([0, 2, 6], device=kernels.device)
+
+    def packed(logits, backend):
+        return nca_kernels.sequence_logps(
+            logits.view(6, 65), labels.view(6), shift=1, cu_seqlens=bounds, backend=backend
+        ).square().sum()  # fmt: skip
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match="torch.func.grad, vjp, jvp and what is made of them: .*backend='torch'"):
+            transform(packed)(logits, kernels.name)
+        leaf = logits.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(packed(leaf, "torch"), leaf)
+        assert torch.allclose(transform(packed)(logits, "torch"), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_inplace_backward_is_seen_by_autograd(kernels):
+    """Whoever needs the logits after the gradient has taken their place gets PyTorch's error, not a wrong number."""
+    logits, labels = _token_arguments(kernels)
+
+    def logps(x):
+        return nca_kernels.token_logps(x, labels, inplace_backward=True, backend=kernels.name).sum()
+
+    again, twice, beside = (logits * 1 for _ in range(3))
+    total = logps(again)
+    total.backward(retain_graph=True)
+    activated = torch.tanh(logits)  # its backward reads its own output
+    for later in (total, logps(twice) + logps(twice), beside.square().sum() + logps(beside), logps(activated)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            later.backward()
 
 
 def test_second_derivatives_are_refused(kernels):

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .. import checks
+
 # The numbering of csrc/nca.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LOSSES = {"info_nca": 0, "nca": 1, "dpo": 2, "ipo": 3, "kto": 4}
@@ -79,11 +81,7 @@ class NativeBackend:
             _address(dlogits), *out.stride()[:2], *self._launch(logits),
         )  # fmt: skip
         if bad_row >= 0:
-            label = labels.flatten()[bad_row].item()
-            raise IndexError(
-                f"labels: the label {label} at flat position {bad_row} is neither in [0, {vocab_total}) nor ignore_index "
-                f"({ignore_index})"
-            )
+            raise checks.illegal_label(labels, bad_row, ignore_index, vocab_total)
 
     def token_logps_fwd(
         self, logits, labels, logps, stats, *, ignore_index, scale, softcap, vocab_start, vocab_total

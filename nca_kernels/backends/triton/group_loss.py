@@ -163,14 +163,16 @@ def _group_loss_fwd_kernel(
         elif LOSS == "ipo":
             per_token = tl.full([BLOCK_B, BLOCK_K], 1.0, tl.float32)
             if lengths is not None:
-                per_token = 1.0 / tl.maximum(tl.load(lengths + at, mask=valid, other=1.0), 1.0)
+                # Here and below not tl.maximum, which would hide NaN.
+                n = tl.load(lengths + at, mask=valid, other=1.0)
+                per_token = 1.0 / tl.where(n < 1.0, 1.0, n)
             value, dx = _pairwise(l * per_token, s, best, valid, cols, K, beta, LOSS, PAIRS)
             dl = dx * per_token
         else:
             z = 0.0
             if baseline is not None:
                 z = tl.load(baseline)
-                z = tl.where(z < 0.0, 0.0, z)  # not tl.maximum, which would hide NaN
+                z = tl.where(z < 0.0, 0.0, z)
             good = s == best
             if desirable is not None:
                 good = tl.load(desirable + at, mask=valid, other=0) != 0
