@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Reinstalled when the pins or the sources of the extension change.
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/.installed: requirements-torch.txt requirements.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements-torch.txt
 	$(BIN)/pip install --quiet -r requirements.txt

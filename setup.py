@@ -29,7 +29,6 @@ ISA_FLAGS = {
     "aarch64": {"neon": []},
 }
 ISA_FLAGS["arm64"] = ISA_FLAGS["aarch64"]
-ISA_FLAGS["AMD64"] = ISA_FLAGS["x86_64"]
 
 
 def find_nvcc():
