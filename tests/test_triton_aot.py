@@ -32,10 +32,12 @@ def _token_logps_cases():
     from nca_kernels.backends.triton import token_logps
 
     for kernel, dtype, V, softcap in itertools.product(("fwd", "bwd"), DTYPES, VOCABULARIES, (False, True)):
-        launch = {**getattr(token_logps, f"_{kernel}_launch")(V, DTYPES[dtype][1]), "HAS_SOFTCAP": softcap}
+        itemsize = DTYPES[dtype][1]
         if kernel == "fwd":
-            yield "token_logps_fwd", dtype, launch
+            launch = token_logps._fwd_launch(V, itemsize, 30.0 if softcap else None)
+            yield "token_logps_fwd", dtype, {**launch, "HAS_SOFTCAP": softcap}
         else:
+            launch = {**token_logps._bwd_launch(V, itemsize), "HAS_SOFTCAP": softcap}
             yield "token_logps_bwd", dtype, {**launch, "ALIKE": True}
             yield "token_logps_bwd", dtype, {**launch, "ALIKE": False}
 
@@ -89,7 +91,14 @@ def _compile(case):
         "specialised": specialised,
         **{key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)},
         **{op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDG.E.128", "STG.E.128", "MUFU.EX2")},
+        "in_flight": _in_flight(sass),
     }
+
+
+def _in_flight(sass):
+    """For each block of code with 16-byte loads, how many of them start before the first multiplication."""
+    blocks = [re.findall(r"\b(LDG\.E\.128|FMUL2?)\b", block) for block in re.split(r"^\.L_x_\d+:", sass, flags=re.MULTILINE)]
+    return [next(i for i, op in enumerate([*block, "FMUL"]) if op.startswith("FMUL")) for block in blocks if "LDG.E.128" in block]
 
 
 def _version(triton):
@@ -164,6 +173,12 @@ def test_fwd_reads_16_bytes_at_a_time(compiled):
     # Whatever the row's alignment: none was promised to the compiler. Both loops count.
     for kernel in _named(compiled, "token_logps_fwd"):
         assert kernel["LDG.E.128"] == 2 * _words(kernel), kernel
+
+
+def test_fwd_starts_all_loads_before_it_waits_for_one(compiled):
+    for kernel in _named(compiled, "token_logps_fwd"):
+        if not kernel["launch"]["HAS_SOFTCAP"]:
+            assert kernel["in_flight"] == [_words(kernel)] * 2, kernel
 
 
 def test_bwd_reads_and_writes_16_bytes_at_a_time(compiled):

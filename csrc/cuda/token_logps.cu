@@ -198,7 +198,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   }
   const T* row = static_cast<const T*>(p.logits) + at.n * p.stride_n + at.t * p.stride_t;
   const int label = at.column(p);
-  const float target = threadIdx.x == 0 && label >= 0 ? transform<kSoftcap>(p, to_float(row[label])).value : 0.f;
+  // Used after the loop alone: before it the row would wait for its label, then for this, then for its first packs.
+  const bool holds_label = threadIdx.x == 0 && label >= 0;
+  const T at_label = holds_label ? row[label] : T(0.f);
 
   RowSum own = empty_sum();
   visit_row(row, Columns<T>(row, row, static_cast<int>(p.V)), [&](int, const auto& pack) {
@@ -216,6 +218,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   RowSum whole = row_threads_merge(own);
   if (threadIdx.x > 0) return;
   if (whole.sum == 0.f) whole.max = -INFINITY;  // nothing but -inf
+  const float target = holds_label ? transform<kSoftcap>(p, to_float(at_label)).value : 0.f;
   put(p, index, row_logp(whole, target), whole, target);
 }
 

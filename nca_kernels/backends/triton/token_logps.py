@@ -27,6 +27,13 @@ _POINTERS = ["logits", "labels", "logps", "stats", "dlogps", "dlogits"]
 
 
 @triton.jit
+def _exp(x):
+    # The same instruction as tl.exp, without the three around it that keep results below 1e-38: a row's sum is at least 1.
+    # The maximum has been subtracted before the product with 1 / log(2), so logits of 1e4 lose nothing.
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _tanh(u):
     # 1 - 2 / (exp(2u) + 1) cancels near 0; there an odd polynomial, fitted to 1.5e-8 relative on |u| < 0.5.
     # libdevice's tanh does not exist in the interpreter.
@@ -61,7 +68,7 @@ def _first_word(row, VEC: tl.constexpr):
 def _online(top, total, z):
     """Take z [WORDS, VEC] into the running maximum and sum of exponentials [WORDS]. NaN lives on in the sum."""
     new = tl.maximum(top, tl.max(z, axis=1))
-    return new, tl.fma(total, tl.exp(top - new), tl.sum(tl.exp(z - new[:, None]), axis=1))
+    return new, tl.fma(total, _exp(top - new), tl.sum(_exp(z - new[:, None]), axis=1))
 
 
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
@@ -99,8 +106,8 @@ def _token_logps_fwd_kernel(
     first = logits + n * stride_n + t * stride_t
     column = label - vocab_start
     here = (column >= 0) & (column < V)
-    target = _scaled(tl.load(first + column, mask=here, other=0.0), inner, softcap, HAS_SOFTCAP)[0]
-    target = tl.where(here, target, 0.0)
+    # Used after the loops alone: before them the row would wait for its label, then for this, then for its first words.
+    at_label = tl.load(first + column, mask=here, other=0.0)
 
     BLOCK: tl.constexpr = WORDS * VEC
     first, lead = _first_word(first, VEC)
@@ -110,18 +117,20 @@ def _token_logps_fwd_kernel(
     lanes = tl.arange(0, VEC)[None, :]
     top = tl.full([WORDS], _LOWEST, tl.float32)
     total = tl.zeros([WORDS], tl.float32)
-    # The first and the last block (one and the same in a short row) take masks, those between do without.
+    # The first and the last block (one and the same in a short row) take masks, those between do without. One comparison
+    # does for both ends: what lies before the row becomes a large number.
     for start in range(0, end, tl.maximum(last, BLOCK)):
         at = start + words + lanes
         x = tl.load(first + at, mask=start + words < end, other=0.0)
         z = _scaled(x, inner, softcap, HAS_SOFTCAP)[0]
-        top, total = _online(top, total, tl.where((at >= lead) & (at < end), z, float("-inf")))
+        top, total = _online(top, total, tl.where((at - lead).to(tl.uint32) < V.to(tl.uint32), z, float("-inf")))
     for start in range(BLOCK, last, BLOCK):
         z = _scaled(tl.load(first + (start + words + lanes)), inner, softcap, HAS_SOFTCAP)[0]
         top, total = _online(top, total, z)
 
+    target = tl.where(here, _scaled(at_label, inner, softcap, HAS_SOFTCAP)[0], 0.0)
     row_top = tl.max(top, axis=0)
-    row_total = tl.sum(total * tl.exp(top - row_top), axis=0)
+    row_total = tl.sum(total * _exp(top - row_top), axis=0)
     row_top = tl.where(row_total == 0.0, float("-inf"), row_top)  # every logit is -inf
     tl.store(logps + row, target - row_top - tl.log(row_total))
     tl.store(stats + row, row_top)
@@ -176,7 +185,7 @@ def _token_logps_bwd_kernel(
     grad = tl.zeros([WORDS, VEC], tl.float32)
     if label != ignore_index:
         z, dz = _scaled(tl.load(first + at, mask=words < end, other=0.0), inner, softcap, HAS_SOFTCAP)
-        p = tl.exp(z - row_top) * (1.0 / row_total)
+        p = _exp(z - row_top) * (1.0 / row_total)
         # 1 - p at the label is -expm1(logp) = -2h / (1 - h), h = tanh(logp / 2): exact where p is near 1.
         half = _tanh(0.5 * (target - row_top - tl.log(row_total)))
         label_at = (label - vocab_start + lead).to(tl.int32)
@@ -209,14 +218,17 @@ def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps
     }
 
 
-def _fwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
-    """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB), below 64 registers a thread (no softcap).
+def _fwd_launch(V: int, itemsize: int, softcap: float | None) -> dict[str, int | bool]:
+    """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB).
 
     Four words a thread are four loads in flight: with 1024 threads to a multiprocessor, 64 KiB, about three times what
     an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
     the end of another.
     """
-    return _launch(V, itemsize, words_per_thread=4, trips=4, most_warps=16)
+    launch = _launch(V, itemsize, words_per_thread=4, trips=4, most_warps=16)
+    # Told that it may have 64 registers, ptxas puts all four loads first; left alone, it takes 32 to 51 (Triton 3.6) and
+    # starts two or three of them, the others between the arithmetic. With a softcap 64 are too few for sm_100.
+    return launch if softcap is not None else {**launch, "maxnreg": 64}
 
 
 def _bwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
@@ -256,7 +268,7 @@ def token_logps_fwd(
             vocab_start,
             vocab_total,
             **_transform(scale, softcap),
-            **_fwd_launch(V, logits.element_size()),
+            **_fwd_launch(V, logits.element_size(), softcap),
         )
 
 
