@@ -38,8 +38,9 @@ def token_logps(
         ignore_index: positions with this label are not read: log-prob 0, gradient 0.
         scale: factor of the logits, > 0; a temperature ``t`` is ``scale = 1 / t``.
         softcap: > 0, or ``None`` for none.
-        inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. ``logits`` must
-            not be used after its backward.
+        inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. Whatever else
+            needs them for a backward of its own (another call, a ``tanh`` that made them) gets PyTorch's error on tensors
+            modified in place. ``backend="torch"`` does not overwrite.
         backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can (:func:`explain`).
 
     Returns:
@@ -48,9 +49,10 @@ def token_logps(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not ``ignore_index``, on the CPU. On a GPU, where looking would cost
-            a sync, that row's log-prob and gradient are NaN; ``NCA_KERNELS_CHECK=1`` turns that into the error.
+            a sync (and in a compiled graph of ``backend="torch"``), that row's log-prob and gradient are NaN;
+            ``NCA_KERNELS_CHECK=1`` turns that into the error.
         RuntimeError: the named backend cannot run, with every reason.
-        NotImplementedError: second derivatives, except on ``backend="torch"``.
+        NotImplementedError: second derivatives and ``torch.func`` transforms but ``vmap``, except on ``backend="torch"``.
 
     Source: log-probs enter the losses through r = beta * (logp - ref_logp), Chen et al. 2024 (arXiv 2402.05369).
 
@@ -83,18 +85,24 @@ def sequence_logps(
 ) -> Tensor:
     r"""The log-probability of each sequence: the sum of its tokens' (:func:`token_logps`), or their average.
 
+    ``logp = sum over t of log softmax(z[t])[labels[t + shift]]`` over the positions with a label, with the z of
+    :func:`token_logps`; ``average=True`` divides by their number.
+
     Args:
-        logits, labels, shift, ignore_index, scale, softcap, inplace_backward, backend: as in :func:`token_logps`.
+        logits: ``[N, T, V]``, any leading dimensions, or ``[M, V]`` with ``cu_seqlens``. Gets a gradient.
+        labels, shift, ignore_index, scale, softcap, inplace_backward, backend: as in :func:`token_logps`.
         average: divide by the number of scored tokens of the sequence; one with none gives 0.
         cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to ``M``: the bounds of sequences packed into one row
             ``[M, V]`` or ``[1, M, V]``. ``shift`` then stays inside each of them. Its values are checked where that costs
-            no sync: on the CPU, or under ``NCA_KERNELS_CHECK=1``.
+            no sync: on the CPU, or under ``NCA_KERNELS_CHECK=1``. Elsewhere nothing outside of the row is read.
 
     Returns:
         float32 ``[N]`` (the leading shape without the last dimension), or ``[S]`` with ``cu_seqlens``.
 
     Raises:
-        As :func:`token_logps`.
+        As :func:`token_logps`; in a compiled graph ``RuntimeError`` for bounds that do not rise from 0 to ``M``.
+
+    Source: the log pi(y|x) of Chen et al. 2024 (arXiv 2402.05369).
 
     Example:
         >>> logits = torch.zeros(2, 3, 4)
@@ -242,6 +250,8 @@ def linear_sequence_logps(
     backend: str | None = None,
 ) -> Tensor:
     r"""The log-probability of each sequence from hidden states: the sum of :func:`linear_token_logps`, or the average.
+
+    :func:`sequence_logps` of ``logits = hidden @ weight.T + bias``, which are never held.
 
     Args:
         hidden, weight, labels, bias, shift, ignore_index, scale, softcap, save_budget, tp_group, backend: as in

@@ -174,9 +174,24 @@ def _reference_group_loss(
 
 
 def info_nca_loss(
-    logps, ref_logps, scores=None, *, beta=0.1, alpha=1.0, mask=None, reduction="mean", backend=None
+    logps: Tensor,  # [B, K]
+    ref_logps: Tensor,  # [B, K]
+    scores: Tensor | None = None,  # [B, K]
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,  # [B, K]
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> GroupLoss:
-    """InfoNCA: ``- sum_i w_i log softmax(r)_i``; :func:`group_loss` with ``name="info_nca"``.
+    r"""InfoNCA, the cross-entropy of the implicit rewards against the explicit ones:
+
+    ``- sum_i w_i log softmax(r)_i``, with ``r = beta * (logps - ref_logps)`` and ``w = softmax(scores / alpha)``.
+
+    Args, returns, raises: as :func:`group_loss` with ``name="info_nca"``; ``logps`` alone gets a gradient,
+    ``beta * (softmax(r) - w)``. At K = 2 and ``alpha=0`` it is :func:`dpo_loss`.
+
+    Source: Chen et al. 2024 (arXiv 2402.05369), InfoNCA.
 
     Example:
         >>> info_nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
@@ -188,9 +203,25 @@ def info_nca_loss(
 
 
 def nca_loss(
-    logps, ref_logps, scores=None, *, beta=0.1, alpha=1.0, mask=None, reduction="mean", backend=None
+    logps: Tensor,  # [B, K]
+    ref_logps: Tensor,  # [B, K]
+    scores: Tensor | None = None,  # [B, K]
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,  # [B, K]
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> GroupLoss:
-    """NCA: ``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``; :func:`group_loss` with ``name="nca"``.
+    r"""NCA, which tells each response from noise by itself, so that the best one's likelihood need not fall:
+
+    ``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``, with ``r = beta * (logps - ref_logps)``,
+    ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses.
+
+    Args, returns, raises: as :func:`group_loss` with ``name="nca"``; ``logps`` alone gets a gradient,
+    ``beta * (sigmoid(r_i) / K - w_i sigmoid(-r_i))``.
+
+    Source: Chen et al. 2024 (arXiv 2402.05369), NCA.
 
     Example:
         >>> nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
@@ -202,9 +233,22 @@ def nca_loss(
 
 
 def dpo_loss(
-    logps, ref_logps, scores=None, *, beta=0.1, mask=None, pairs="best_vs_rest", reduction="mean", backend=None
+    logps: Tensor,  # [B, K]
+    ref_logps: Tensor,  # [B, K]
+    scores: Tensor | None = None,  # [B, K]
+    *,
+    beta: float = 0.1,
+    mask: Tensor | None = None,  # [B, K]
+    pairs: str = "best_vs_rest",
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> GroupLoss:
-    """DPO: the mean over pairs of ``- log sigmoid(r_i - r_j)``; :func:`group_loss` with ``name="dpo"``.
+    r"""DPO: the mean over pairs (i scored above j) of ``- log sigmoid(r_i - r_j)``, ``r = beta * (logps - ref_logps)``.
+
+    Args, returns, raises: as :func:`group_loss` with ``name="dpo"``; ``logps`` alone gets a gradient. Without ``scores``
+    column 0 is the chosen response.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290); K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
 
     Example:
         >>> dpo_loss(torch.zeros(1, 2), torch.zeros(1, 2)).loss
@@ -216,10 +260,24 @@ def dpo_loss(
 
 
 def ipo_loss(
-    logps, ref_logps, scores=None, *, beta=0.1, mask=None, pairs="best_vs_rest", lengths=None, reduction="mean",
-    backend=None,
-) -> GroupLoss:  # fmt: skip
-    """IPO: the mean over pairs of ``(l_i/n_i - l_j/n_j - 1/(2 beta))^2``; :func:`group_loss` with ``name="ipo"``.
+    logps: Tensor,  # [B, K]
+    ref_logps: Tensor,  # [B, K]
+    scores: Tensor | None = None,  # [B, K]
+    *,
+    beta: float = 0.1,
+    mask: Tensor | None = None,  # [B, K]
+    pairs: str = "best_vs_rest",
+    lengths: Tensor | None = None,  # [B, K]
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> GroupLoss:
+    r"""IPO: the mean over pairs (i scored above j) of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``.
+
+    ``l = logps - ref_logps`` and ``n = lengths``, in tokens (``None``: 1, for log-probs that are averages already).
+
+    Args, returns, raises: as :func:`group_loss` with ``name="ipo"``; ``logps`` alone gets a gradient.
+
+    Source: Azar et al. 2023 (arXiv 2310.12036), token-averaged as in Chen et al. 2024 (arXiv 2402.05369).
 
     Example:
         >>> ipo_loss(torch.zeros(1, 2), torch.zeros(1, 2), beta=0.5).loss
@@ -232,9 +290,24 @@ def ipo_loss(
 
 
 def kto_loss(
-    logps, ref_logps, scores=None, *, beta=0.1, mask=None, desirable=None, baseline=None, reduction="mean", backend=None
+    logps: Tensor,  # [B, K]
+    ref_logps: Tensor,  # [B, K]
+    scores: Tensor | None = None,  # [B, K]
+    *,
+    beta: float = 0.1,
+    mask: Tensor | None = None,  # [B, K]
+    desirable: Tensor | None = None,  # [B, K]
+    baseline: Tensor | float | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> GroupLoss:
-    """KTO: ``1 - sigmoid(+-beta (l - z))``, + if desirable; :func:`group_loss` with ``name="kto"``.
+    r"""KTO: the mean over responses of ``1 - sigmoid(beta (l - z))`` if desirable, ``1 - sigmoid(beta (z - l))`` if not.
+
+    ``l = logps - ref_logps`` and ``z = max(baseline, 0)``, in nats, detached.
+
+    Args, returns, raises: as :func:`group_loss` with ``name="kto"``; ``logps`` alone gets a gradient.
+
+    Source: Ethayarajh et al. 2024 (arXiv 2402.01306), both lambdas 1.
 
     Example:
         >>> kto_loss(torch.zeros(1, 2), torch.zeros(1, 2)).loss

@@ -101,6 +101,14 @@ def test_what_masked_entries_hold_does_not_matter(target, name):
     assert (dirty[1][~mask.to(to)] == 0).all() and (dirty[2][~mask.to(to)] == 0).all()
 
 
+def test_nan_lengths_show(target):
+    """A maximum with 1 would hide them."""
+    zeros = torch.zeros(2, 2, device=target.device)
+    lengths = torch.tensor([[math.nan, 2.0], [0.5, 2.0]], device=target.device)
+    losses, _ = nca_kernels.ipo_loss(zeros, zeros, lengths=lengths, reduction="none", backend=target.name)
+    assert losses[0].isnan() and losses[1] == 25
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_extreme_scores_and_rewards(target, name):
     """Nothing overflows: scores of 1e4 at alpha 1e-3, implicit rewards of +-1e3."""

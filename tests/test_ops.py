@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import nca_kernels
@@ -135,6 +136,18 @@ def test_tracing_below_the_derivative_meets_the_operators(kernels):
         assert targets.count(op.default) == 1
     for ours, wanted in zip(traced(*inputs), gradients(*inputs), strict=True):
         assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("mode, backend", [("meta", "torch"), ("fake", "torch"), ("fake", "cpu")])
+def test_shapes_without_numbers(mode, backend):
+    """Meta and fake tensors: nothing looks at values that are not there."""
+    with torch.device("meta") if mode == "meta" else FakeTensorMode():
+        logits, hidden, weight = (torch.zeros(shape) for shape in ((2, 3, 5), (2, 3, 4), (5, 4)))
+        labels, bounds = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 3), (3,)))
+        assert nca_kernels.token_logps(logits, labels, backend=backend).shape == (2, 3)
+        assert nca_kernels.linear_token_logps(hidden, weight, labels, backend=backend).shape == (2, 3)
+        packed = nca_kernels.sequence_logps(logits.view(6, 5), labels.view(6), cu_seqlens=bounds, backend=backend)
+        assert packed.shape == (2,)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

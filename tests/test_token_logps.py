@@ -204,7 +204,7 @@ def test_two_and_more_dimensions(target):
     assert deep.shape == (2, 3, 4) and torch.equal(deep.flatten(), flat)
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (0, 7)])
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (0, 7), (2, 2, 0, 5)])
 def test_empty_batches(target, shape):
     logits = torch.randn(shape, device=target.device, requires_grad=True)
     labels = torch.empty(shape[:-1], dtype=torch.int64, device=target.device)
@@ -292,5 +292,7 @@ def test_selective_log_softmax_is_trls(default_dispatch):
                 assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
                 truth = utils.selective_log_softmax(logits.double(), index, **options)
                 assert_no_worse(ours, truth, theirs, max(TOL, torch.finfo(dtype).eps / 2))
+            none = torch.randint(33, (2, 5, 0))
+            assert nca_kernels.selective_log_softmax(logits, none).shape == (2, 5, 0)
     with pytest.raises(IndexError, match="labels: the label -100"):
         nca_kernels.selective_log_softmax(logits, torch.full((2, 5), -100))
