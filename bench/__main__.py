@@ -1,20 +1,24 @@
-"""``python -m bench SUITE``: measure a suite, print its table, store its JSON. ``python -m bench plot``: draw them."""
+"""``python -m bench SUITE``: measure a suite, print its table, store its JSON. ``summary`` and ``plot`` read what is stored."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
+import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from . import schema
-from .measure import Budget, measure
+from .measure import Budget, failed, measure
+from .summary import lacking, summary
 
-SUITES = ("logps", "group", "linear", "step")
+SUITES = ("logps", "group", "linear", "step", "tune")
 RESULTS = Path(__file__).parent / "results"
 SECONDS = {"cpu": 30.0, "cuda": 1.5}  # for each problem
 
@@ -48,12 +52,15 @@ def main(arguments: list[str] | None = None) -> None:
         for file in sorted(options.out.glob("*/*.json")):
             document = schema.load(file)
             if options.device in (None, document["header"]["device"]):
-                print(f"{file}\n{schema.summary(document['rows'])}\n")
+                print(f"{file}\n{summary(document)}\n")
     else:
         out = options.out or (Path("out/bench") if options.quick else RESULTS)
         budget = Budget(rounds=3, seconds=0.0) if options.quick else Budget(rounds=7, seconds=SECONDS[options.device])
         cases = _suite(options.command).CASES[options.device]
-        print("stored", run(options.command, options.device, cases, budget, out))
+        file = run(options.command, options.device, cases, budget, out)
+        print("stored", file)
+        if reasons := lacking(schema.load(file)):
+            sys.exit("\n".join(reasons))
 
 
 def _suite(name: str) -> ModuleType:
@@ -67,13 +74,22 @@ def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -
     started = time.monotonic()
     document = {"header": schema.header(name, device), "rows": []}
     print(", ".join(f"{key} {value}" for key, value in document["header"].items() if value is not None), "\n")
-    for problem, implementations in _suite(name).problems(device, cases):
-        rows = schema.rows(name, problem, measure(problem, implementations, budget))
+    for rows in (rows for case in cases for rows in _measured(name, device, case, budget)):
         document["rows"] += rows
         print(schema.table(rows), flush=True)
         file = schema.write(out, document)  # now: a run that is stopped keeps what it has
     print(f"{name}: {time.monotonic() - started:.0f} s")
     return file
+
+
+def _measured(name: str, device: str, case: tuple, budget: Budget) -> Iterator[list[dict]]:
+    """The rows of each problem of a case; one row that says why where its inputs or its truth fail, for want of memory, say."""
+    try:
+        for problem, implementations in _suite(name).problems(device, [case]):
+            yield schema.rows(name, problem, measure(problem, implementations, budget))
+    except Exception as failure:
+        traceback.print_exc()
+        yield [schema.missing(name, case, failed(failure))]
 
 
 if __name__ == "__main__":

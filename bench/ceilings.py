@@ -39,7 +39,7 @@ def read(name: str, tensor: Tensor) -> Ceiling:
             from .gpu_read import BLOCK, read_all
 
             sums = torch.empty(tensor.nbytes // 4 // BLOCK + 1, dtype=torch.int32, device=tensor.device)
-            return lambda tensors: read_all(tensors[name], sums)
+            return lambda tensors: read_all(tensors[name].detach(), sums)
         read_all = _cpu_reader()
         return lambda tensors: read_all(tensors[name].data_ptr(), tensor.nbytes // 8, torch.get_num_threads())
 
@@ -51,7 +51,7 @@ def copy(name: str, tensor: Tensor) -> Ceiling:
 
     def build():
         target = torch.zeros_like(tensor)
-        return lambda tensors: target.copy_(tensors[name])
+        return lambda tensors: target.copy_(tensors[name].detach())
 
     return Ceiling(build, 2 * tensor.nbytes)
 

@@ -1,85 +1,112 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under 9 minutes, without a network:
-#   bash bench/gpu.sh [--only build|tests|sanitize|logps|linear|group|step] [--out DIR]
-# A part that fails or cannot run does not stop the others; the summary comes last. PYTHON names the interpreter. Peers are
-# whatever imports: put their wheels' folder on PYTHONPATH. DIR gets the logs and the JSON (default: out/gpu, bench/results).
+# Everything that needs a GPU, without a network, in calls that end within 530 s, each with a summary last:
+#   bash bench/gpu.sh --only tests,sanitize
+#   bash bench/gpu.sh --only logps,linear,group,step,numerics
+#   bash bench/gpu.sh --only tune
+# The parts' times are shares of what a call has: fewer parts, more for each. Without --only: all but tune. The extension is
+# always built first, unless that is done. A part that fails or cannot run does not stop the others.
+#   --out DIR             the logs and the JSON go there, in place of out/gpu and bench/results/<device>; and DIR/gpu.tgz, one
+#                         file that holds all of both that this call wrote
+#   PYTHON                the interpreter (default: python3). Peers are whatever it imports: put wheels' folders on PYTHONPATH
+#   NCA_KERNELS_REVISION  the revision that the JSON names where git does not know it
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # the package as it lies here, installed or not
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
+DEADLINE=500 # s; a part stopped there takes 10 more to end, the summary up to 20
 
-PYTHON=${PYTHON:-python3}
-PARTS=(build tests sanitize logps linear group step)
-DEADLINE=530
-only="" out=""
+PARTS=(build tests sanitize logps linear group step numerics tune)
+declare -A share=([tests]=240 [sanitize]=120 [logps]=180 [linear]=90 [group]=60 [step]=120 [numerics]=40 [tune]=300)
+declare -A needs=(
+  [build]="nvcc" [tests]="gpu pytest" [sanitize]="gpu pytest compute-sanitizer" [step]="gpu transformers datasets peft accelerate"
+)
+only=tests,sanitize,logps,linear,group,step,numerics out=""
 while (($#)); do
   case $1 in
-    --only) only=${2:?--only wants a part} ;;
+    --only) only=${2:?--only wants parts} ;;
     --out) out=${2:?--out wants a folder} ;;
     *) echo "unknown argument $1" >&2; exit 2 ;;
   esac
   shift 2
 done
-if [[ -n $only && ! " ${PARTS[*]} " == *" $only "* ]]; then
-  echo "--only: got $only, wanted one of ${PARTS[*]}" >&2
-  exit 2
-fi
-logs=${out:-out/gpu} results=${out:-bench/results}
-mkdir -p "$logs"
-declare -A status
+IFS=, read -ra chosen <<<"$only"
+for name in "${chosen[@]}"; do
+  [[ " ${PARTS[*]} " == *" $name "* ]] || { echo "--only: got $name, wanted some of ${PARTS[*]}" >&2; exit 2; }
+done
+export logs=${out:-out/gpu} results=${out:-bench/results}
+mkdir -p "$logs" "$results"
+begun=$(mktemp)
+trap 'rm "$begun"' EXIT
 
-# --- why a part cannot run: nothing said means that it can
+# --- what is missing, asked once: PyTorch takes seconds to start
 
-no_gpu() {
-  "$PYTHON" -c 'import torch; torch.cuda.is_available() or print("PyTorch sees no GPU")' 2>/dev/null ||
-    echo "$PYTHON has no PyTorch"
+declare -A missing status
+while IFS=: read -r name reason; do
+  missing[$name]=$reason
+done < <(
+  for tool in nvcc compute-sanitizer; do command -v "$tool" >/dev/null || echo "$tool:$tool is not on PATH"; done
+  "$PYTHON" - <<'PY' || echo "gpu:$PYTHON does not run"
+from importlib.util import find_spec
+
+for name in ("pytest", "transformers", "datasets", "peft", "accelerate"):
+    if find_spec(name) is None:
+        print(f"{name}:{name} is not installed")
+try:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu:PyTorch sees no GPU")
+except ImportError as error:
+    print(f"gpu:PyTorch does not load ({error})")
+PY
+)
+lacks() { # part: every reason why it cannot run
+  local need reasons=""
+  for need in ${needs[$1]:-gpu}; do reasons+="${missing[$need]:+; ${missing[$need]}}"; done
+  echo "${reasons#; }"
 }
-no_extension() {
-  "$PYTHON" -c 'import nca_kernels._cuda' 2>/dev/null || echo "nca_kernels._cuda is not built"
-}
-no_tool() { command -v "$1" >/dev/null || echo "$1 is not on PATH"; }
-
-why_not_build() { no_tool nvcc; }
-why_not_tests() { no_gpu; no_extension; }
-why_not_sanitize() { no_tool compute-sanitizer; no_gpu; no_extension; }
-why_not_logps() { no_gpu; }
-why_not_linear() { no_gpu; }
-why_not_group() { no_gpu; }
-why_not_step() { [[ -f bench/step.py ]] || echo "bench/step.py is not there"; no_gpu; }
 
 # --- the parts
 
 run_build() {
-  local built
-  built=$(find nca_kernels -name '_cuda*.so' | head -1)
-  if [[ -n $built && -z $(find csrc setup.py -newer "$built") ]]; then
-    echo "built already: $built"
+  local sources suffix
+  sources=$(cat setup.py csrc/*.* csrc/*/* | cksum)
+  suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+  if [[ -f nca_kernels/_cuda$suffix && $sources == "$(cat build/built-from 2>/dev/null)" ]]; then
+    echo "built already: nca_kernels/_cuda$suffix"
     return
   fi
-  NCA_KERNELS_BUILD=cuda "$PYTHON" setup.py build_ext --inplace
+  NCA_KERNELS_BUILD=cuda "$PYTHON" setup.py build_ext --inplace && echo "$sources" >build/built-from
 }
 
 run_tests() {
   local workers=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  # By file: the tests of large tensors, all in one, do not meet in the GPU's memory.
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist loadfile)
   # What runs on a GPU; the rest of the suite does not know whether there is one.
   "$PYTHON" -m pytest -q "${workers[@]}" --require-backend=triton,cuda \
     tests/test_{gpu,token_logps,group_loss,linear,ops,memory,properties,bad_input,dispatch}.py
 }
 
 run_sanitize() {
-  local tools=(memcheck racecheck initcheck) tool failures=0
-  # No cache: each tensor is then an allocation of its own, with bounds and a history that the tools know.
+  local tools=(memcheck racecheck initcheck) tool failures=0 reports verdict
+  # No cache: each tensor is then an allocation of its own, with bounds and a history that the tools know. Each tool has a
+  # timeout of its own: it ends before the part does, so that all are judged, and is heard where a background job ignores INT.
   for tool in "${tools[@]}"; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$PYTHON" -m pytest -q -p no:cacheprovider \
-      tests/test_token_logps.py tests/test_group_loss.py -k 'cuda and not (32000 or 50257 or 128256 or 151936)' \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=5 $((limit - 10)) \
+      compute-sanitizer --tool "$tool" "$PYTHON" -m pytest -q -p no:cacheprovider \
+      tests/test_token_logps.py tests/test_group_loss.py -k 'cuda and not (32000 or 50257 or 128256 or 151936 or 262144)' \
       >"$logs/$tool.log" 2>&1 &
   done
   wait
   for tool in "${tools[@]}"; do
-    # PyTorch's own kernels are under the tool, too: only what names ours counts.
-    local errors
-    errors=$(grep -cE '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$tool.log")
-    echo "$tool: $errors reports on this package's kernels; $(grep -E '[0-9]+ (passed|failed|error)' "$logs/$tool.log" | tail -1)"
-    if ((errors)) || ! grep -qE '[0-9]+ passed' "$logs/$tool.log" || grep -qE '[0-9]+ (failed|error)' "$logs/$tool.log"; then
+    # PyTorch's own kernels are under the tool, too: only what names ours counts. The tools' lines begin with ====, pytest's
+    # last with a number.
+    reports=$(grep -cE '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$tool.log")
+    verdict=$(grep -E '^[0-9]+ [a-z]+.* in [0-9.]+s|KeyboardInterrupt !' "$logs/$tool.log" | tail -2 | paste -sd ' ')
+    echo "$tool: $reports reports on this package's kernels; ${verdict:-pytest did not end}"
+    if ((reports)) || [[ ! $verdict =~ [0-9]+\ passed || $verdict =~ failed|error|Interrupt ]]; then
       failures=$((failures + 1))
       grep -A12 -m3 -E '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$tool.log" || tail -20 "$logs/$tool.log"
     fi
@@ -87,53 +114,55 @@ run_sanitize() {
   return "$failures"
 }
 
-run_logps() { "$PYTHON" -m bench logps --device cuda --out "$results"; }
-run_linear() { "$PYTHON" -m bench linear --device cuda --out "$results"; }
-run_group() { "$PYTHON" -m bench group --device cuda --out "$results"; }
-run_step() { "$PYTHON" -m bench step --device cuda --out "$results"; }
+run_bench() { "$PYTHON" -m bench "$1" --device cuda --out "$results"; }
+export -f run_build run_tests run_sanitize run_bench
 
 part() { # name, seconds
-  local name=$1 limit=$2 reasons code started=$SECONDS
-  [[ -z $only || $only == "$name" ]] || return
-  echo "=== $name"
-  reasons=$("why_not_$name" | paste -sd ';' | sed 's/;/; /g')
-  if [[ -n $reasons ]]; then
-    status[$name]="unsupported: $reasons"
-    echo "${status[$name]}"
-    return
-  fi
-  local left=$((DEADLINE - SECONDS))
-  if ((left < 10)); then
-    status[$name]="failed: no time left"
-    return
-  fi
-  ((limit < left)) || limit=$left
-  # A shell of its own, so that the limit stops the whole part.
-  export PYTHON logs results
-  timeout --kill-after=5 "$limit" bash -c "$(declare -f "run_$name"); run_$name" 2>&1 | tee "$logs/$name.log"
+  local name=$1 command code started=$SECONDS
+  export limit=$(($2 > 1 ? $2 : 1)) # 0 would be none
+  echo "=== $name, up to $limit s"
+  command=run_$name
+  [[ $(type -t "$command") == function ]] || command="run_bench $name"
+  # INT, so that what is stopped says where it was: pytest its failures so far, Python its traceback.
+  timeout --signal=INT --kill-after=10 "$limit" bash -c "$command" 2>&1 | tee "$logs/$name.log"
   code=${PIPESTATUS[0]}
   case $code in
     0) status[$name]="ok" ;;
-    124 | 137) status[$name]="failed: stopped after $limit s" ;;
+    124 | 137) status[$name]="failed: stopped after $limit s, see $logs/$name.log" ;;
     *) status[$name]="failed: exit code $code, see $logs/$name.log" ;;
   esac
   status[$name]+=" ($((SECONDS - started)) s)"
 }
 
-part build 130
-part tests 120
-part sanitize 70
-part logps 100
-part linear 60
-part group 30
-part step 60
+able=() total=0
+for name in build "${chosen[@]}"; do
+  [[ -z ${status[$name]:-} ]] || continue
+  reasons=$(lacks "$name")
+  if [[ -n $reasons ]]; then
+    status[$name]="unsupported: $reasons"
+  elif [[ $name == build ]]; then
+    part build 130
+  elif [[ " ${able[*]} " != *" $name "* ]]; then
+    able+=("$name") total=$((total + share[$name]))
+  fi
+done
+for name in "${able[@]}"; do
+  part "$name" $(((DEADLINE - SECONDS) * share[$name] / total))
+  total=$((total - share[$name]))
+done
 
 echo "=== summary"
-"$PYTHON" -m bench summary --device cuda --out "$results" 2>&1
+timeout 15 "$PYTHON" -m bench summary --device cuda --out "$results" 2>&1
 failed=0
 for name in "${PARTS[@]}"; do
   [[ -n ${status[$name]:-} ]] || continue
   printf '%-9s %s\n' "$name" "${status[$name]}"
   [[ ${status[$name]} != failed* ]] || failed=1
 done
+# Named as from DIR, or from here.
+folder=${out:-.} places=(out/gpu bench/results)
+[[ -z $out ]] || places=(.)
+tar -czf "$logs/gpu.tgz" -C "$folder" --null -T <(
+  cd "$folder" && find "${places[@]}" -type f -newer "$begun" ! -name gpu.tgz -print0
+)
 exit "$failed"

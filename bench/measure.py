@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .cases import Implementation, Problem, Unsupported
-from .memory import MIB, peak_extra, poisoned
+from .memory import MIB, peak_extra, poisoned, release
 
 ROTATION_BYTES = 2**28  # the copies of the inputs together: several times the largest cache met so far
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # wider than any rounding, narrower than any mistake
@@ -49,6 +51,7 @@ class Budget:
 def measure(problem: Problem, implementations: list[Implementation], budget: Budget) -> list[Outcome]:
     """The outcomes in the order of ``implementations``, then those of the ceilings, named ``ceiling: ...``."""
     device = next(iter(problem.tensors.values())).device.type
+    release(device)  # the last problem's
     sets = _copies(problem)
     outcomes, contestants = [], []
     for implementation in implementations:
@@ -56,15 +59,15 @@ def measure(problem: Problem, implementations: list[Implementation], budget: Bud
         outcomes.append(outcome)
         run = _checked(problem, implementation, sets[0], outcome, device)
         _restore(problem, sets[0])
-        if run is not None:
-            contestants.append((run, outcome.times, implementation.inplace))
+        if run is None:
+            release(device)
+        else:
+            contestants.append((run, outcome, implementation.inplace))
     for name, ceiling in problem.ceilings.items():
         outcome = Outcome(CEILING + name, problem.pass_name)
         outcomes.append(outcome)
-        try:
-            contestants.append((ceiling.build(), outcome.times, False))
-        except Unsupported as reason:
-            outcome.status = f"unsupported: {reason}"
+        with _reported(outcome):
+            contestants.append((ceiling.build(), outcome, False))
     _time_in_turn(problem, contestants, sets, budget, device)
     return outcomes
 
@@ -105,9 +108,32 @@ def _run(problem: Problem, implementation: Implementation, call: Callable, tenso
     return values, list(torch.autograd.grad(values, [tensors[name] for name in problem.leaves], upstream))
 
 
+@contextmanager
+def _reported(outcome: Outcome) -> Iterator[None]:
+    """A failure inside becomes the outcome's status: a peer may fail in any way, and the others still count."""
+    try:
+        yield
+    except (Unsupported, ImportError) as reason:
+        outcome.status = f"unsupported: {_first_line(reason)}"
+    except Exception as failure:
+        traceback.print_exc()
+        outcome.status = failed(failure)
+    if outcome.status != "ok":
+        outcome.times.clear()
+
+
+def failed(failure: Exception) -> str:
+    """A failure as a status."""
+    return f"failed: {type(failure).__name__}: {_first_line(failure)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def _checked(problem, implementation, tensors, outcome, device) -> Callable | None:
     """Build, check against float64, take the memory; the pass to time, or None where there is nothing to time."""
-    try:
+    with _reported(outcome):
         call = implementation.build()
 
         def run(tensors):
@@ -124,23 +150,12 @@ def _checked(problem, implementation, tensors, outcome, device) -> Callable | No
         outcome.result_mib = (
             sum(tensor.nbytes for tensor in (values, *grads) if tensor.untyped_storage().data_ptr() not in held) / MIB
         )
-    except (Unsupported, ImportError) as reason:
-        outcome.status = f"unsupported: {_first_line(reason)}"
-    except Exception as failure:  # a peer may fail in any way; the others still count
-        outcome.status = f"failed: {type(failure).__name__}: {_first_line(failure)}"
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    else:
         tolerance = TOLERANCE[problem.dtype]
         # Not ">": NaN is wrong, too.
         if outcome.error <= tolerance and (outcome.grad_error is None or outcome.grad_error <= tolerance):
             return run
         outcome.status = "wrong"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _time_in_turn(problem, contestants, sets, budget, device) -> None:
@@ -151,14 +166,18 @@ def _time_in_turn(problem, contestants, sets, budget, device) -> None:
         if round_number >= budget.rounds and time.monotonic() - started > budget.seconds:
             break
         order.shuffle(contestants)
-        for run, times, inplace in contestants:
+        for run, outcome, inplace in contestants:
             tensors = sets[turn % len(sets)]
             turn += 1
-            ms = timer(run, tensors, problem.repeats)
-            if round_number >= 0:
-                times.append(ms)
+            with _reported(outcome):  # with all contestants alive, what was memory enough for the check may not be
+                ms = timer(run, tensors, problem.repeats)
+                if round_number >= 0:
+                    outcome.times.append(ms)
             if inplace:
                 _restore(problem, tensors)  # now, not before its next use: that would leave it in the cache
+        if any(outcome.status != "ok" for _, outcome, _ in contestants):
+            contestants[:] = [contestant for contestant in contestants if contestant[1].status == "ok"]
+            release(device)
 
 
 def _time_cpu(run, tensors, repeats) -> float:

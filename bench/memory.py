@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -35,6 +36,13 @@ def peak_extra(function: Callable[[], object], device: str) -> tuple[object, flo
     before = _status("VmRSS")
     result = function()
     return result, max(0, _status("VmHWM") - before) / 1024
+
+
+def release(device: str) -> None:
+    """What a failure or another problem left in reference cycles and in PyTorch's cache is free again."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _status(key: str) -> int:

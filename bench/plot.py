@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from pathlib import Path
 
@@ -12,11 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from . import schema
-from .measure import CEILING
 
-SIDE_ROWS = re.compile(f"^{CEILING}| again$|save_budget")
 OURS = ("#0b3d91", "#2f6fd0", "#7aa6e8", "#b9d1f5")
-PEERS = ("#8c8c8c", "#e08a2e", "#4b9b5f", "#b5495b", "#8a6bb8", "#c7b04a")
+PEERS = ("#8c8c8c", "#e08a2e", "#4b9b5f", "#b5495b", "#8a6bb8", "#c7b04a", "#5ab4ac", "#7a4a2b")
 
 
 def plot(results: Path, images: Path) -> list[Path]:
@@ -26,6 +23,8 @@ def plot(results: Path, images: Path) -> list[Path]:
     for file in sorted(results.glob("*/*.json")):
         document = schema.load(file)
         groups = _drawn(document["rows"])
+        if not groups or document["header"]["suite"] == "tune":  # nothing timed; or settings, best read as a table
+            continue
         stem = images / f"{file.parent.name}-{file.stem}"
         if document["header"]["suite"] == "linear":
             drawn.append(_bars(document, groups, "units", "time in GEMMs U, less is better", f"{stem}-time.png"))
@@ -43,7 +42,7 @@ def _drawn(rows: list[dict]) -> dict[str, list[dict]]:
     """The timed rows of each problem under its title; neither ceilings, nor the second timing, nor the budget's curve."""
     groups = {}
     for (case, dtype, pass_name), group in schema.by_problem(rows).items():
-        shown = [row for row in group if row["ms"] and not SIDE_ROWS.search(row["implementation"])]
+        shown = [row for row in group if row["ms"] and not schema.SIDE_ROWS.search(row["implementation"])]
         if shown:
             groups[f"{textwrap.fill(case, 48)}\n{dtype}, {pass_name}"] = shown
     return groups
@@ -54,7 +53,8 @@ def _bars(document: dict, groups: dict[str, list[dict]], field: str, label: str,
     columns = min(2 if document["header"]["suite"] == "logps" else 3, len(groups))
     lines = -(-len(groups) // columns)
     tallest = max(map(len, groups.values()))
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, (0.9 + 0.3 * tallest) * lines), squeeze=False)
+    size = (5.2 * columns, (0.9 + 0.3 * tallest) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     colours = _colours([schema.label(row) for rows in groups.values() for row in rows])
     for axis, (title, rows) in zip(axes.flat, groups.items(), strict=False):
         rows = [row for row in rows if row[field] is not None][::-1]
@@ -92,7 +92,7 @@ def _save_budget(document: dict, target: str) -> list[Path]:
             curves.setdefault(title, {}).setdefault(0, row)
     if not curves:
         return []
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(10.4, 3.2))
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(10.4, 3.2), layout="constrained")
     for title, points in curves.items():
         percents = sorted(points)
         time.plot(percents, [points[percent]["units"] for percent in percents], "o-", label=title)
@@ -110,7 +110,7 @@ def _save_budget(document: dict, target: str) -> list[Path]:
 def _save(document: dict, figure, label: str, target: str) -> Path:
     header = document["header"]
     figure.suptitle(f"{header['suite']}: {label}   ({header['hardware']}, torch {header['torch']})", fontsize=10)
-    figure.tight_layout()
+    figure.get_layout_engine().set(h_pad=0.1)
     figure.savefig(target, dpi=130)
     plt.close(figure)
     return Path(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -13,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+import nca_kernels
 
 from .cases import Problem
 from .measure import CEILING, Outcome, median, quantile
@@ -27,7 +30,7 @@ HEADER = {
     "torch": str,
     "triton": TEXT,
     "version": TEXT,  # of nca_kernels
-    "revision": TEXT,  # of the repository
+    "revision": TEXT,  # of the repository, or $NCA_KERNELS_REVISION where git does not know it
     "date": str,
     "command": str,
     "threads": int,
@@ -35,7 +38,7 @@ HEADER = {
 ROW = {
     "suite": str,
     "case": str,
-    "pass": str,  # fwd, fwd+bwd, fwd+bwd in place, or step
+    "pass": str,  # fwd, fwd+bwd, fwd+bwd in place, or step; empty where the case as a whole failed
     "dtype": str,
     "implementation": str,
     "status": str,  # ok, wrong, "unsupported: reason" or "failed: reason"; only ok is timed
@@ -57,6 +60,7 @@ ROW = {
     "grad_error": NUMBER,  # of the gradients against float64, in units of the largest gradient
 }
 PLAIN, OURS = "plain", "nca_kernels"
+SIDE_ROWS = re.compile(f"^{CEILING}| again$|save_budget")  # neither a contestant nor a peer
 
 
 def header(suite: str, device: str) -> dict:
@@ -67,8 +71,9 @@ def header(suite: str, device: str) -> dict:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "version": _version("nca_kernels"),
-        "revision": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "version": nca_kernels.__version__,  # of the code that runs, installed or not
+        "revision": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+        or os.environ.get("NCA_KERNELS_REVISION"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
@@ -140,6 +145,12 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
     return result
 
 
+def missing(suite: str, case: tuple, status: str) -> dict:
+    """The row of a case that could not be set up."""
+    texts = {"suite": suite, "case": " ".join(map(str, case)), "pass": "", "dtype": "", "implementation": OURS, "status": status}
+    return dict.fromkeys(ROW) | texts | {"samples": 0}
+
+
 def _finite(error: float | None) -> float | None:
     """JSON knows no infinity: such an error is null beside the status ``wrong``."""
     return error if error is not None and math.isfinite(error) else None
@@ -209,29 +220,6 @@ def table(rows: list[dict]) -> str:
         text = "".join(f"{cell:>11}" for cell in cells) if row["status"] in ("ok", "wrong") else f"  {row['status']}"
         lines.append(f"{label(row):<{width}}{text}" + ("  wrong" if row["status"] == "wrong" else ""))
     return "\n".join(lines) + "\n"
-
-
-def summary(rows: list[dict]) -> str:
-    """A line for each problem: this package at its best, against its ceiling, plain PyTorch and the fastest peer."""
-    lines = []
-    for (case, dtype, pass_name), group in by_problem(rows).items():
-        timed = [row for row in group if row["ms"] and not row["implementation"].startswith(CEILING)]
-        mine = [row for row in timed if is_ours(row) and not row["implementation"].endswith(" again")]
-        peers = [row for row in timed if not is_ours(row) and row["implementation"] != PLAIN]
-        title = f"{case}, {dtype}, {pass_name}: "
-        if not mine:
-            reasons = dict.fromkeys(row["status"] for row in group if is_ours(row))
-            lines.append(title + "; ".join(reasons))
-            continue
-        best = min(mine, key=lambda row: row["ms"])
-        facts = [f"{label(best)} {best['ms']:.3f} ms"]
-        forms = {"units": "{:.2f} units", "share": "{:.0%} of the ceiling", "speedup": "{:.2f}x plain"}
-        facts += [form.format(best[key]) for key, form in forms.items() if best[key] is not None]
-        if peers:
-            peer = min(peers, key=lambda row: row["ms"])
-            facts.append(f"{peer['ms'] / best['ms']:.2f}x {label(peer)}")
-        lines.append(title + ", ".join(facts))
-    return "\n".join(lines)
 
 
 def by_problem(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cases import BACKENDS, IGNORE_INDEX, Implementation, Problem, Unsupported, plain_logps, value_error
+from nca_kernels.dispatch import resolve
+
+from .cases import IGNORE_INDEX, Implementation, Problem, Unsupported, plain_logps, value_error
 
 BETA = 0.1
 SIZES = (
@@ -27,14 +30,14 @@ FOLDER = str(Path(tempfile.gettempdir(), "nca_kernels-bench"))
 # model, dtype, prompts, responses each, tokens of a prompt, tokens of a response
 CASES = {
     "cpu": [("small", "float32", 4, 4, 64, 64), ("small", "float32", 8, 2, 64, 64)],
-    "cuda": [("1B", "bfloat16", 4, 4, 512, 512), ("1B", "bfloat16", 8, 2, 512, 512)],
+    "cuda": [("1B", "bfloat16", 4, 4, 256, 256), ("1B", "bfloat16", 8, 2, 256, 256)],
 }
 TINY = [("tiny", "float32", 2, 2, 5, 4), ("tiny", "float32", 2, 3, 5, 4)]
 
 
 def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
     for name, dtype, prompts, responses, prompt_tokens, response_tokens in cases:
-        model = _model(name, getattr(torch, dtype)).to(device)
+        model = _model(name, getattr(torch, dtype), device)
         vocab = model.config.vocab_size
         tensors = {
             "prompts": torch.randint(vocab, (prompts, prompt_tokens), device=device),
@@ -42,7 +45,7 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
             "scores": torch.rand(prompts, responses, device=device).argsort(-1).float(),
         }
         with torch.no_grad():
-            logps = _plain_logps(model, tensors, torch.float32)
+            logps = _plain_logps(model, tensors)
         tensors["ref_logps"] = logps + torch.randn(prompts, responses, device=device)
         truth = _truth(model, tensors)
         problem = Problem(
@@ -58,12 +61,13 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
         yield problem, implementations(model, device, responses)
 
 
-def _model(name: str, dtype: torch.dtype) -> nn.Module:
+def _model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(zip(SIZES, MODELS[name], strict=True))
     config = LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False, pad_token_id=0, eos_token_id=1)
-    return LlamaForCausalLM(config).to(dtype)
+    with torch.device(device):  # where random numbers for a billion weights cost nothing
+        return LlamaForCausalLM(config).to(dtype)
 
 
 def _rows(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -73,37 +77,54 @@ def _rows(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([prompts, responses], 1), torch.cat([torch.full_like(prompts, IGNORE_INDEX), responses], 1)
 
 
-def _plain_logps(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _plain_logps(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     input_ids, labels = _rows(tensors)
-    return plain_logps(model(input_ids).logits[:, :-1], labels[:, 1:], dtype).sum(-1).view(tensors["scores"].shape)
+    return plain_logps(model(input_ids).logits[:, :-1], labels[:, 1:]).sum(-1).view(tensors["scores"].shape)
 
 
-def _plain_loss(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _loss(logps: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """NCA with all weight on the best response: at K = 2 what TRL calls ``nca_pair``."""
-    r = BETA * (_plain_logps(model, tensors, dtype) - tensors["ref_logps"])
+    r = BETA * (logps - tensors["ref_logps"])
     best = tensors["scores"].argmax(-1, keepdim=True)
     return -(F.logsigmoid(r).gather(-1, best).squeeze(-1) + F.logsigmoid(-r).mean(-1)).mean()
 
 
 def _truth(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """In float64, one row after the other: what all of them keep for backward is more than a GPU holds."""
     double = copy.deepcopy(model).double()
-    loss = _plain_loss(double, {**tensors, "ref_logps": tensors["ref_logps"].double()}, torch.float64)
-    loss.backward()
+    rows = [(ids[None], labels[None, 1:]) for ids, labels in zip(*_rows(tensors), strict=True)]
+
+    def logp(ids: Tensor, labels: Tensor) -> Tensor:
+        return plain_logps(double(ids).logits[:, :-1], labels, torch.float64).sum()
+
+    with torch.no_grad():
+        logps = torch.stack([logp(*row) for row in rows]).view(tensors["scores"].shape)
+    logps.requires_grad_()
+    loss = _loss(logps, tensors)
+    (dlogps,) = torch.autograd.grad(loss, logps)
+    for row, dlogp in zip(rows, dlogps.flatten(), strict=True):
+        logp(*row).backward(dlogp)
     norm = torch.nn.utils.get_total_norm([p.grad for p in double.parameters()])
     return torch.stack([loss.detach(), norm])
 
 
 def implementations(model: nn.Module, device: str, responses: int) -> list[Implementation]:
-    def step(model: nn.Module, backward: Callable[[dict[str, Tensor]], Tensor]) -> Callable:
+    # At a rate of 0 AdamW does all of its work and leaves the weights as they were, so that everyone who leaves the model's
+    # methods alone, too, can share one model and one AdamW: five of each are more than a GPU holds.
+    shared = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model.train()
+
+    def step(backward: Callable[[dict[str, Tensor]], Tensor], optimizer: torch.optim.Optimizer = shared) -> Callable:
         """What every one of them does after ``backward``, which returns the loss."""
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-        model.train()
+        parameters = optimizer.param_groups[0]["params"]
 
         def call(tensors):
-            loss = backward(tensors)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            try:
+                loss = backward(tensors)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            finally:
+                optimizer.zero_grad()  # a step that fails must leave nothing to the next
             return torch.stack([loss.detach(), norm])
 
         return call
@@ -112,30 +133,27 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
         from nca_kernels.integrations.config import NCAConfig
         from nca_kernels.integrations.trainer import NCATrainer
 
-        own = copy.deepcopy(model)
         arguments = NCAConfig(
             FOLDER, loss="nca", beta=BETA, alpha=0.0, share_prompt=share_prompt, use_cpu=device == "cpu", report_to="none"
         )
         first = [{"prompt_ids": [2, 3], "response_ids": [[4], [5]], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]}]
-        trainer = NCATrainer(own, arguments, first)
+        trainer = NCATrainer(model, arguments, first)
 
         def backward(tensors):
             names = {"prompts": "prompt_ids", "responses": "response_ids", "scores": "scores", "ref_logps": "ref_logps"}
             columns = {name: tensors[key].tolist() for key, name in names.items()}
             rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            return trainer.training_step(own, trainer.data_collator(rows), num_items_in_batch=len(rows))
+            return trainer.training_step(model, trainer.data_collator(rows), num_items_in_batch=len(rows))
 
-        return step(own, backward)
+        return step(backward)
 
     def plain():
-        own = copy.deepcopy(model)
-
         def backward(tensors):
-            loss = _plain_loss(own, tensors, torch.float32)
+            loss = _loss(_plain_logps(model, tensors), tensors)
             loss.backward()
             return loss
 
-        return step(own, backward)
+        return step(backward)
 
     def trl():
         if responses != 2:
@@ -143,14 +161,16 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
-        own = copy.deepcopy(model)
+        own = copy.deepcopy(model)  # this trainer patches it
+        # By the name that the installed transformers has for it; TRL has it on.
+        names = {field.name for field in dataclasses.fields(DPOConfig)}
+        checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
         arguments = DPOConfig(
             FOLDER, loss_type="nca_pair", beta=BETA, precompute_ref_log_probs=True, use_cpu=device == "cpu", report_to="none",
-            bf16=False, activation_checkpointing=False, max_length=None,
+            bf16=False, max_length=None, **{checkpointing: False},
         )  # fmt: skip
         first = Dataset.from_list([{"prompt": "2 3", "chosen": " 4", "rejected": " 5"}])
         trainer = DPOTrainer(own, args=arguments, train_dataset=first, processing_class=_numbers(own.config.vocab_size))
-
         trainer.current_gradient_accumulation_steps = 1  # as its train() would
 
         def backward(tensors):
@@ -163,9 +183,9 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
                 rows.append({**row, "ref_chosen_logps": logps[b], "ref_rejected_logps": logps[1 - b]})
             return trainer.training_step(own, trainer.data_collator(rows))
 
-        return step(own, backward)
+        return step(backward, torch.optim.AdamW(own.parameters(), lr=0.0))
 
-    mine = f"nca_kernels {BACKENDS[device][0]}"
+    mine = f"nca_kernels {resolve('linear_token_logps', None, torch.device(device), model.dtype)}"  # as the trainer asks for it
     return [
         Implementation(mine, nca_kernels),
         Implementation(f"{mine} again", nca_kernels),

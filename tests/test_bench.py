@@ -2,18 +2,26 @@
 
 import copy
 import importlib
+import os
 import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import nca_kernels
 from bench import __main__ as command
-from bench import memory, schema
+from bench import group, memory, plot, schema, step, tune
 from bench.cases import Implementation, Unsupported
 from bench.measure import Budget, measure
-from bench.plot import plot
+from bench.summary import lacking, summary
+from nca_kernels.backends import BACKENDS
+from nca_kernels.dispatch import resolve
 
 ONCE = Budget(rounds=1, seconds=0.0)
+TRAINERS = f"nca_kernels {resolve('linear_token_logps', None, torch.device('cpu'), torch.float32)}"  # names no backend
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +34,51 @@ def quick(monkeypatch, one_thread):
     monkeypatch.setattr(torch, "compile", refuse)
 
 
-@pytest.mark.parametrize("suite", command.SUITES)
-def test_suite_stores_rows_that_can_be_drawn(suite, tmp_path):
-    module = importlib.import_module(f"bench.{suite}")
-    document = schema.load(command.run(suite, "cpu", module.TINY, ONCE, tmp_path))
-    status = [(row["implementation"], row["status"]) for row in document["rows"]]
-    assert ("nca_kernels cpu", "ok") in status and ("plain", "ok") in status
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn, still open."""
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    return figures
+
+
+def _run(suite, tmp_path, cases=None):
+    cases = cases or importlib.import_module(f"bench.{suite}").TINY
+    document = schema.load(command.run(suite, "cpu", cases, ONCE, tmp_path))
+    return document, {(row["implementation"], row["status"]) for row in document["rows"]}
+
+
+@pytest.mark.parametrize("suite", [suite for suite in command.SUITES if suite != "tune"])
+def test_suite_stores_rows_that_can_be_drawn(suite, tmp_path, figures):
+    document, status = _run(suite, tmp_path)
+    mine = TRAINERS if suite == "step" else "nca_kernels cpu"
+    assert {(mine, "ok"), ("plain", "ok")} <= status
+    assert not lacking(document)
     assert not [row for row in status if row[1] == "wrong" or row[1].startswith("failed")]
-    assert "nca_kernels cpu" in schema.summary(document["rows"])
-    plot(tmp_path, tmp_path / "img")
-    assert list((tmp_path / "img").glob("*.png"))
+    assert f": {mine}" in summary(document)
+    plot.plot(tmp_path, tmp_path / "img")
+    assert len(figures) == len(list((tmp_path / "img").glob("*.png"))) > 0
+    assert not any(map(_overlaps, figures))
+
+
+def _overlaps(figure):
+    """Does the figure's title meet a panel's?"""
+    panels = [axis._left_title.get_window_extent().y1 for axis in figure.axes if axis.get_visible()]
+    return figure._suptitle.get_window_extent().y0 < max(panels)
+
+
+def test_settings_are_tuned_on_checked_kernels_and_left_as_they_were(tmp_path):
+    if BACKENDS["triton"].unsupported("token_logps", torch.device("cpu"), torch.bfloat16):
+        pytest.skip("Triton's interpreter is off, or Triton is not installed")
+    from nca_kernels.backends.triton import token_logps as kernels
+
+    before = kernels._fwd_launch, kernels._bwd_launch, dict(os.environ)
+    document, status = _run("tune", tmp_path)
+    assert {row[1] for row in status} == {"ok"} and not lacking(document)
+    assert {("nca_kernels triton", "ok"), ("8 words, 4 warps, 64 registers", "ok"), ("tiles of 4 MiB", "ok")} <= status
+    for problem, implementations in tune.problems("cpu", tune.TINY):
+        implementations[-1].build()(problem.tensors)
+    assert (kernels._fwd_launch, kernels._bwd_launch, dict(os.environ)) == before
 
 
 def _problem():
@@ -43,7 +86,45 @@ def _problem():
     return [(problem, {each.name: each for each in implementations}) for problem, implementations in problems][1]
 
 
+def test_a_case_that_cannot_be_set_up_costs_itself_alone(tmp_path, monkeypatch):
+    truth = group._truth
+
+    def short_of_memory(name, tensors):
+        if name == "nca":
+            raise torch.OutOfMemoryError("out of memory")
+        return truth(name, tensors)
+
+    monkeypatch.setattr(group, "_truth", short_of_memory)
+    document, status = _run("group", tmp_path, [("nca", 3, 2), ("dpo", 3, 4)])
+    assert {("nca_kernels", "failed: OutOfMemoryError: out of memory"), ("nca_kernels cpu", "ok")} <= status
+    lost, kept = summary(document).splitlines()
+    assert lost == "nca 3 2: failed: OutOfMemoryError: out of memory" and kept.startswith("dpo B=3 K=4, ")
+    assert lacking(document) == ["nca 3 2: nca_kernels: failed: OutOfMemoryError: out of memory"]
+
+
+def test_a_step_has_its_truth_row_by_row_and_leaves_its_model_as_it_was(monkeypatch):
+    torch.manual_seed(0)
+    model = step._model("tiny", torch.float32, "cpu")
+    prompts, responses = torch.randint(50, (2, 5)), torch.randint(50, (2, 3, 4))
+    tensors = {"prompts": prompts, "responses": responses, "scores": torch.rand(2, 3), "ref_logps": -15 + torch.randn(2, 3)}
+    loss = step._loss(step._plain_logps(model, tensors), tensors)
+    norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
+    truth = step._truth(model, tensors)
+    torch.testing.assert_close(truth.float(), torch.stack([loss, norm]).detach(), rtol=1e-5, atol=0)
+
+    before = copy.deepcopy(model.state_dict())
+    plain = next(each for each in step.implementations(model, "cpu", 3) if each.name == "plain").build()
+    for _ in range(2):
+        torch.testing.assert_close(plain(tensors), truth.float(), rtol=1e-5, atol=0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plain(tensors)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("fault", ["value", "gradient", "nan"])
+
 def test_a_wrong_peer_is_called_wrong_and_not_timed(fault):
     problem, implementations = _problem()
     plain = implementations["plain"].build()
@@ -58,6 +139,22 @@ def test_a_wrong_peer_is_called_wrong_and_not_timed(fault):
     wrong, right, *_ = measure(problem, [Implementation("peer", lambda: call), implementations["plain"]], ONCE)
     assert wrong.status == "wrong" and not wrong.times
     assert right.status == "ok" and right.times
+
+
+def test_a_peer_that_fails_while_it_is_timed_loses_its_times_alone():
+    problem, implementations = _problem()
+    plain, calls = implementations["plain"].build(), []
+
+    def call(tensors):
+        calls.append(1)
+        if len(calls) > 4:  # two for the check, one to warm up, one that is timed
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(tensors)
+
+    peer = Implementation("peer", lambda: call)
+    lost, kept, *_ = measure(problem, [peer, implementations["plain"]], Budget(rounds=4, seconds=0.0))
+    assert (lost.status, lost.times, len(calls)) == ("failed: OutOfMemoryError: out of memory", [], 5)
+    assert kept.status == "ok" and len(kept.times) == 4
 
 
 def test_a_backward_in_place_does_not_spoil_the_next_contestant():
@@ -118,3 +215,97 @@ def test_schema_refuses_a_row_of_another_shape(tmp_path):
         spoilt["rows"][0].update(spoil)
         with pytest.raises(ValueError):
             schema.check(spoilt)
+
+
+def test_the_header_names_the_code_that_ran(monkeypatch):
+    monkeypatch.setattr(schema, "_output", lambda *_: None)  # no git
+    monkeypatch.setenv("NCA_KERNELS_REVISION", "abc")
+    header = schema.header("logps", "cpu")
+    assert (header["version"], header["revision"]) == (nca_kernels.__version__, "abc")
+
+
+def _row(suite, case, pass_name, name, ms, **fields):
+    texts = {"suite": suite, "case": case, "pass": pass_name, "dtype": "bfloat16", "implementation": name}
+    return dict.fromkeys(schema.ROW) | texts | {"status": "ok", "samples": 9, "ms": ms} | fields
+
+
+def _document(suite, rows, device="cuda"):
+    return {"header": dict.fromkeys(schema.HEADER, "") | {"suite": suite, "device": device, "threads": 1}, "rows": rows}
+
+
+def test_the_summary_holds_each_goal_against_the_row_that_it_is_for():
+    logps = [
+        _row("logps", case, pass_name, name, scale * ms, **fields)
+        for case, scale in (("M=8192 V=32000", 1.0), ("M=8192 V=32000, half ignored", 0.51))
+        for pass_name, name, ms, fields in (
+            ("fwd", "nca_kernels triton", 1.0, {"share": 0.94, "units": 1.06}),
+            ("fwd", "nca_kernels triton again", 0.9, {}),
+            ("fwd", "nca_kernels cuda", 1.1, {}),
+            ("fwd", "plain", 8.0, {}),
+            ("fwd", "torch.compile", 2.5, {}),
+            ("fwd", "quack", 1.02, {}),
+            ("fwd", "ceiling: read", 0.5, {}),
+            ("fwd+bwd", "nca_kernels triton", 3.0, {"share": 0.91}),
+            ("fwd+bwd in place", "nca_kernels triton", 2.0, {"share": 1.4}),
+            ("fwd+bwd in place", "quack", 2.2, {}),
+        )
+    ]
+    assert summary(_document("logps", logps)).splitlines() == [
+        "M=8192 V=32000, bfloat16, fwd: nca_kernels triton 1.000 ms, 94% of the ceiling (goal 93%), 1.06 reads, 8.00x plain, "
+        "2.50x torch.compile (goal 2x), 1.02x quack (goal 1x), nca_kernels cuda 1.100 ms",
+        "M=8192 V=32000, bfloat16, fwd+bwd: nca_kernels triton 3.000 ms, 91% of the ceiling (goal 90%), 0.73x quack, in place",
+        "M=8192 V=32000, bfloat16, fwd+bwd in place: nca_kernels triton 2.000 ms, 140% of the ceiling, 1.10x quack, in place",
+        "M=8192 V=32000, half ignored, bfloat16, fwd: nca_kernels triton 0.510 ms, 94% of the ceiling, 1.06 reads, 8.00x plain, "
+        "2.50x torch.compile, 1.02x quack, 0.51 of the time of all rows (goal 0.50), nca_kernels cuda 0.561 ms",
+        "M=8192 V=32000, half ignored, bfloat16, fwd+bwd: nca_kernels triton 1.530 ms, 91% of the ceiling, "
+        "0.73x quack, in place, 0.51 of the time of all rows (goal 0.50)",
+        "M=8192 V=32000, half ignored, bfloat16, fwd+bwd in place: nca_kernels triton 1.020 ms, 140% of the ceiling, "
+        "1.10x quack, in place, 0.51 of the time of all rows (goal 0.50)",
+    ]
+    assert "goal" not in summary(_document("logps", logps, "cpu"))
+
+    case, memory = "trained head, M=8192 D=4096 V=128256", {"peak_mib": 1300.0, "result_mib": 1066.0}
+    linear = [
+        _row("linear", case, "fwd+bwd", "nca_kernels triton", 50.0, units=4.2, **memory),
+        _row("linear", case, "fwd+bwd", "nca_kernels triton, save_budget 100%", 40.0, units=3.3, **memory),
+        _row("linear", case, "fwd+bwd", "nca_kernels cuda", None, status="wrong"),
+    ]
+    assert summary(_document("linear", linear)) == (
+        f"{case}, bfloat16, fwd+bwd: nca_kernels triton 50.000 ms, 4.20 U (goal 4.3), 234 MiB beyond results (goal 300), "
+        "nca_kernels cuda wrong"
+    )
+    assert lacking(_document("linear", linear)) == [f"{case}, bfloat16, fwd+bwd: nca_kernels cuda: wrong"]
+
+
+def test_plots_skip_what_has_no_times_and_tell_eight_peers_apart(tmp_path, figures):
+    names = [f"peer {i}" for i in range(8)]
+    header = dict.fromkeys(schema.HEADER, "x") | {"threads": 1}
+    cases = [f"M=8 V={vocab}" for vocab in range(12)]  # in six lines
+    rows = [_row("logps", case, "fwd", name, 1.0, speedup=2.0, peak_mib=1.0) for case in cases for name in names]
+    schema.write(tmp_path, {"header": header | {"suite": "logps"}, "rows": rows})
+    schema.write(tmp_path, {"header": header | {"suite": "step"}, "rows": [schema.missing("step", (1, 2), "failed: x")]})
+    assert [file.name for file in plot.plot(tmp_path, tmp_path / "img")] == ["x-logps-speed.png", "x-logps-memory.png"]
+    assert not any(map(_overlaps, figures))
+    assert len(set(plot._colours(names).values())) == 8
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("bash", "timeout", "tar"))), reason="bash, timeout and tar are needed")
+@pytest.mark.parametrize("fault", [None, "report", "failed", "interrupted", "none passed"])
+def test_sanitizers_are_judged_by_reports_on_our_kernels_and_by_pytests_own_line(tmp_path, fault):
+    report = "=========     at void token_logps_fwd_kernel<float, (bool)0>(TokenLogps)+0x1a0 in token_logps.cu:123"
+    ends = {"failed": "1 failed, 7 passed in 4.20s", "interrupted": "!!! KeyboardInterrupt !!!\n8 passed in 4.20s"}
+    tool = ["========= COMPUTE-SANITIZER", ends.get(fault, "8 skipped in 4.20s" if fault == "none passed" else "8 passed in 4.20s")]
+    tool += [report] if fault == "report" else []
+    tool += ["========= ERROR SUMMARY: 0 errors", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
+    # The interpreter builds nothing, and finds nothing missing.
+    for name, lines in (("python", ["[[ $1 != setup.py ]]"]), ("compute-sanitizer", [f"printf '%b\\n' '{line}'" for line in tool])):
+        (tmp_path / name).write_text("\n".join(["#!/usr/bin/env bash", *lines]))
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    script = Path(__file__).parent.parent / "bench" / "gpu.sh"
+    done = subprocess.run(
+        ["bash", script, "--only", "sanitize", "--out", tmp_path / "out"], env=environment, capture_output=True, text=True
+    )
+    verdict = next(line for line in done.stdout.splitlines() if line.startswith("sanitize "))
+    assert verdict.startswith("sanitize  ok" if fault is None else "sanitize  failed: exit code 3"), done.stdout
+    assert (tmp_path / "out" / "gpu.tgz").exists()

@@ -1,5 +1,7 @@
 """What an interpreter and an emulator cannot show: sizes past 32 bits, launches, streams, devices, compilers."""
 
+import json
+
 import pytest
 import torch
 from oracle import assert_no_worse, plain_token_logps, value_and_grad
@@ -78,26 +80,32 @@ def test_sequences_of_8192_tokens_at_a_large_vocabulary(gpu, dtype):
 
 
 def test_work_goes_to_the_current_stream(gpu):
-    """On another stream, behind a write that is late: read on the wrong stream, the logits would be the old ones."""
-    logits = torch.zeros(64, 32000, device="cuda")
-    labels = torch.zeros(64, dtype=torch.int64, device="cuda")
-    hidden, weight = torch.zeros(64, 32, device="cuda"), torch.zeros(32000, 32, device="cuda")
-    new = torch.randn_like(logits), torch.randn_like(hidden), torch.randn_like(weight)
-    wanted = plain_token_logps(new[0], labels), plain_token_logps(new[1] @ new[2].T, labels)
-    torch.cuda.synchronize()
+    """On another stream, behind a write that is late: read on the wrong stream, the inputs would be the old ones."""
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side), torch.no_grad():
-        torch.cuda._sleep(100_000_000)
-        for old, value in zip((logits, hidden, weight), new, strict=True):
-            old.copy_(value)
-        ours = nca_kernels.token_logps(logits, labels, backend=gpu.name)
-        linear = nca_kernels.linear_token_logps(hidden, weight, labels, backend=gpu.name)
-        loss = nca_kernels.nca_loss(ours.view(16, 4), ours.view(16, 4) + 1, ours.view(16, 4), backend=gpu.name).loss
-    torch.cuda.synchronize()
-    torch.testing.assert_close(ours, wanted[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(linear, wanted[1], rtol=1e-2, atol=1e-2)  # TF32 may be on
-    again = nca_kernels.nca_loss(ours.view(16, 4), ours.view(16, 4) + 1, ours.view(16, 4), backend="torch").loss
-    torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-6)
+
+    @torch.no_grad()
+    def after_a_late_write(call, *new):
+        inputs = [torch.zeros_like(value) for value in new]
+        call(*inputs)  # compiles, which takes longer than the sleep
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)
+            for value, late in zip(inputs, new, strict=True):
+                value.copy_(late)
+            result = call(*inputs)
+        torch.cuda.synchronize()
+        return result
+
+    labels = torch.zeros(64, dtype=torch.int64, device="cuda")
+    logits = torch.randn(64, 32000, device="cuda")
+    ours = after_a_late_write(lambda x: nca_kernels.token_logps(x, labels, backend=gpu.name), logits)
+    torch.testing.assert_close(ours, plain_token_logps(logits, labels), rtol=1e-5, atol=1e-5)
+    hidden, weight = torch.randn(64, 32, device="cuda"), torch.randn(32000, 32, device="cuda")
+    ours = after_a_late_write(lambda *x: nca_kernels.linear_token_logps(*x, labels, backend=gpu.name), hidden, weight)
+    torch.testing.assert_close(ours, plain_token_logps(hidden @ weight.T, labels), rtol=1e-2, atol=1e-2)  # TF32 may be on
+    groups = torch.randn(3, 16, 4, device="cuda").unbind()
+    ours = after_a_late_write(lambda *x: nca_kernels.nca_loss(*x, backend=gpu.name).loss, *groups)
+    torch.testing.assert_close(ours, nca_kernels.nca_loss(*groups, backend="torch").loss, rtol=1e-5, atol=1e-6)
 
 
 def test_the_tensors_device_is_used_not_the_current_one(gpu):
@@ -117,6 +125,7 @@ def test_the_tensors_device_is_used_not_the_current_one(gpu):
 def _replayed(step, leaf):
     """The step captured, replayed on other values of ``leaf``, and computed from them anew."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()
@@ -182,3 +191,55 @@ def test_torch_compile(gpu, mode):
         (grad,) = torch.autograd.grad(value, logits)
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad, wanted_grad, rtol=2**-7, atol=1e-7)
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """The names of the kernels that a warm step launches; the driver's own copies and fills are none."""
+
+    def names(step):
+        step()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize()
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        kernels = [event["name"] for event in events if event.get("cat") == "kernel"]
+        return kernels or pytest.skip("the profiler sees no kernels here")
+
+    return names
+
+
+@pytest.mark.parametrize("name", ["nca", "info_nca", "dpo", "ipo", "kto"])
+def test_group_loss_is_one_launch_and_its_gradient_one_more(gpu, launched, name):
+    """Backward is the product of the upstream gradient with the derivative that forward has computed."""
+    logps = torch.randn(64, 4, device="cuda", requires_grad=True)
+    ref_logps, scores = torch.randn(2, 64, 4, device="cuda")
+    one = torch.ones((), device="cuda")
+
+    def forward():
+        return nca_kernels.group_loss(name, logps, ref_logps, scores, backend=gpu.name).loss
+
+    (ours,) = launched(forward)
+    assert "group_loss_fwd_kernel" in ours
+    both = launched(lambda: torch.autograd.grad(forward(), logps, one))
+    assert len(both) == 2 and ours in both
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_token_logps_is_one_launch_each_way(gpu, launched, inplace):
+    """No copy of the logits, no pass over the labels, no fill of the gradient."""
+    logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(32000, (64,), device="cuda")
+    labels[::2] = -100
+    upstream = torch.randn(64, device="cuda")
+
+    def forward():
+        return nca_kernels.token_logps(logits, labels, inplace_backward=inplace, backend=gpu.name)
+
+    (ours,) = launched(forward)
+    assert "token_logps_fwd_kernel" in ours
+    both = launched(lambda: torch.autograd.grad(forward(), logits, upstream))
+    assert len(both) == 2 and ours in both and any("token_logps_bwd_kernel" in each for each in both)

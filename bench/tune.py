@@ -1,0 +1,84 @@
+"""Launches of Triton's row kernels and tile sizes of the linear family, beside those that the package takes.
+
+The rows named ``nca_kernels`` are the package as it is, the others what they set in its place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from unittest.mock import patch
+
+from nca_kernels.tiles import TILE_BYTES
+
+from . import linear, logps
+from .cases import BACKENDS, DTYPES, Call, Implementation, Problem, ours
+from .memory import MIB
+
+# Words a thread, warps a program, and the most registers a thread; None leaves them to the compiler.
+WORDS, WARPS, REGISTERS = (2, 4, 8), (4, 8, 16), (None, 64)
+TILES = {"cpu": (4, 8, 16, 32), "cuda": (32, 64, 128, 256, 512)}  # MiB
+# A suite and its problem: rows, width if linear, vocabulary, dtype
+CASES = {
+    "cpu": [("linear", 1024, 512, 32000, "float32")],
+    "cuda": [("logps", 8192, vocab, "bfloat16") for vocab in (32000, 128256, 262144)]
+    + [("linear", 8192, 4096, 128256, "bfloat16")],
+}
+TINY = [("logps", 2, 1000, "bfloat16"), ("linear", 24, 16, 300, "float32")]
+
+
+def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
+    for suite, *sizes in cases:
+        yield from {"logps": _launches, "linear": _tiles}[suite](device, *sizes)
+
+
+def _rivals(mine: str, build: Callable[[], Call], change: Callable, own: object, settings: dict) -> list[Implementation]:
+    """The package as it is, twice, and with each setting: ``change`` comes before a pass and lasts for its backward."""
+
+    def changed(setting):
+        def built():
+            call = build()
+
+            def run(tensors):
+                change(setting)
+                return call(tensors)
+
+            return run
+
+        return built
+
+    named = {f"nca_kernels {mine}": own, f"nca_kernels {mine} again": own, **settings}
+    return [Implementation(name, changed(setting)) for name, setting in named.items()]
+
+
+def _launches(device, rows, vocab, dtype):
+    """Forward alone, then backward behind the package's own forward."""
+    from nca_kernels.backends.triton import token_logps as kernels
+
+    build = ours("token_logps", "triton", device, DTYPES[dtype])
+    for name, leaves in (("_fwd_launch", ()), ("_bwd_launch", ("logits",))):
+        own = getattr(kernels, name)
+        settings = {}
+        for words, warps, registers in product(WORDS, WARPS, REGISTERS):
+            launch = {"WORDS": 32 * warps * words, "num_warps": warps, "maxnreg": registers}
+            title = f"{words} words, {warps} warps" + (f", {registers} registers" if registers else "")
+            settings[title] = lambda *shape, own=own, launch=launch: own(*shape) | launch
+        with patch.object(kernels, name, own):
+            problem = logps._problem(rows, vocab, dtype, False, leaves, device)
+            yield problem, _rivals("triton", build, partial(setattr, kernels, name), own, settings)
+
+
+def _tiles(device, rows, width, vocab, dtype):
+    backend = BACKENDS[device][0]
+    build = ours("linear_token_logps", backend, device, DTYPES[dtype])
+    settings = {f"tiles of {mib} MiB": mib * MIB for mib in TILES[device] if mib * MIB != TILE_BYTES[device]}
+    for name in linear.PASSES:
+        with patch.dict(os.environ):
+            problem = linear._problem(name, rows, width, vocab, dtype, False, device)
+            yield problem, _rivals(backend, build, _set_tile_bytes, TILE_BYTES[device], settings)
+
+
+def _set_tile_bytes(size: int) -> None:
+    os.environ["NCA_KERNELS_TILE_BYTES"] = str(size)
