@@ -114,7 +114,8 @@ run_sanitize() {
   return "$failures"
 }
 
-run_bench() { "$PYTHON" -m bench "$1" --device cuda --out "$results"; }
+# One GPU: with several in sight transformers would take them all.
+run_bench() { CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} "$PYTHON" -m bench "$1" --device cuda --out "$results"; }
 export -f run_build run_tests run_sanitize run_bench
 
 part() { # name, seconds
