@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+_HF = "pip install 'nca_kernels[hf]'"
+_HF_MODULES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "matplotlib", "tqdm", "yaml")
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nca-kernels", description="Align language models with scored responses.")
@@ -18,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     # What the user can mend. Anything else is a defect: its traceback is wanted, and exits with 1 as well.
     except ModuleNotFoundError as error:
-        return _failed(arguments.command, f"{error}; pip install 'nca_kernels[hf]' brings what it needs")
+        return _failed(arguments.command, f"{error}" + (f"; {_HF} brings it" if error.name in _HF_MODULES else ""))
     except OSError as error:
         return _failed(arguments.command, str(error))
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import datasets
 import pytest
@@ -13,8 +15,9 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import SaveStrategy
 
-from nca_kernels import cli, selfcheck
+from nca_kernels import cli, doctor, selfcheck
 from nca_kernels.backends import native
 from nca_kernels.integrations.run_config import read_run
 
@@ -77,6 +80,8 @@ def test_the_command_line_wins_over_the_file():
         ("-1", "max_steps", -1),
         ("true", "resume_from_checkpoint", True),
         ("out/checkpoint-5", "resume_from_checkpoint", "out/checkpoint-5"),
+        ("true", "fsdp", True),
+        ("no", "save_strategy", SaveStrategy.NO),
     ],
 )
 def test_values_on_the_command_line(text, key, value):
@@ -91,6 +96,13 @@ def test_numbers_in_the_file(text, value):
     assert read_run("run.yaml", []).config.learning_rate == value
 
 
+def test_words_that_yaml_reads_as_truth_values():
+    with open("run.yaml", "w") as file:
+        file.write("model: m\ndata: d\nuse_cpu: true\nsave_strategy: no\nfsdp: true\n")
+    run = read_run("run.yaml", [])
+    assert run.config.save_strategy == SaveStrategy.NO and run.config.fsdp is True
+
+
 USAGE = {
     "unknown in the file": ({"betta": 1}, [], "run.yaml: unknown key 'betta'; the nearest known one is 'beta'"),
     "unknown on the line": ({}, ["--los", "nca"], "command line: unknown key 'los'; the nearest known one is 'loss'"),
@@ -99,6 +111,7 @@ USAGE = {
     "truth for a number": ({}, ["--beta", "true"], "command line: beta: got True (bool), wanted float"),
     "number for truth": ({}, ["--bf16", "1"], "command line: bf16: got 1 (int), wanted bool"),
     "fraction for a count": ({}, ["--num_responses", "2.5"], "command line: num_responses: got 2.5 (float), wanted int | None"),
+    "truth for a name": ({"model": False}, [], "run.yaml: model: got False (bool), wanted str"),
     "number for a name": ({"model": 7}, [], "run.yaml: model: got 7 (int), wanted str"),
     "type in lora": ({"lora": {"r": "8"}}, [], "run.yaml: lora: r: got '8' (str), wanted int"),
     "out of range": ({}, ["--alpha", "-1"], "alpha: got -1"),
@@ -129,6 +142,21 @@ def test_a_config_that_is_none(capsys):
         assert message in capsys.readouterr().err
     assert exits(["train", "gone.yaml"]) == 1
     assert "gone.yaml" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    """With the way to get it only where it is ours."""
+    if find_spec("deepspeed") is None:
+        assert cli.main(["train", config(deepspeed={"zero_optimization": {"stage": 2}})]) == 1
+        error = capsys.readouterr().err
+        assert "deepspeed" in error and "pip install" not in error
+
+    def needs_peft():
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    monkeypatch.setattr(doctor, "examine", needs_peft)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "nca-kernels doctor: No module named 'peft'; pip install 'nca_kernels[hf]' brings it\n"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +253,7 @@ def test_doctor_without_transformers():
         "from nca_kernels.cli import main; sys.exit(main(['doctor']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"torch         {torch.__version__}" in done.stdout
+    assert f"torch         {version('torch')}\n" in done.stdout
     assert "nca_kernels._cpu   built for " in done.stdout
     checks = done.stdout.split("Self-check")[1].splitlines()[1:]
     assert {tuple(line.split()[:3]) for line in checks} >= {

@@ -85,6 +85,12 @@ def test_the_reward_layout_from_every_source(tmp_path, suffix):
     assert rows[0]["prompt"] == [user("q")]
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_dataset_formatted_for_tensors(form):
+    made = load_groups(datasets.Dataset.from_list([PLAIN]).with_format(form)).rows
+    assert list(made) == [PLAIN]
+
+
 def test_keys_that_only_some_messages_have_do_not_spread_to_the_others(tmp_path):
     named = {**user("q"), "name": "someone"}
     path = str(tmp_path / "data.parquet")
@@ -136,6 +142,7 @@ BAD = {
     "not the assistant": ({**reward_layout(1), "A0": [user("q"), user("a")]}, "column A0: the last message is of role 'user'"),
     "two prompts": ({**reward_layout(2), "A1": [user("r"), assistant("a")]}, "column A1: the messages before the response"),
     "no messages": ({**reward_layout(2), "A1": 7}, "column A1: got int, wanted text or messages"),
+    "an image": ({**PLAIN, "images": ["q.png"]}, "column images: an image, wanted text alone"),
     "unknown layout": ({"question": "q", "answer": "a"}, "column question, answer: unknown layout; wanted prompt"),
     "broken line": ('{"prompt": "q', "not JSON"),
     "not an object": ("[1, 2]", "got list, wanted a JSON object"),
@@ -237,6 +244,14 @@ def test_a_chat_template_ends_the_turn_or_eos_does(end, response):
     assert whole[0] == "<s>" and whole.count("<s>") == 1 and whole[-1] == "<|a|>" and "b" in whole
     assert words(made.rows[0]["response_ids"][0]) == response
     assert made.prompts_merged == 0
+
+
+@pytest.mark.parametrize("how", ["| trim", "| lower", "| replace('\n', '')"])
+@pytest.mark.parametrize("end", ["<|end|>", ""])
+def test_a_response_ends_however_the_template_writes_it(how, end):
+    template = CHAT.replace("{{ m['content'] }}", f"{{{{ m['content'] {how} }}}}").replace("{{ END }}", end)
+    made = tokenized([{"prompt": [user("q")], "responses": [assistant("\n\nC"), assistant("c")]}], template)
+    assert [words(ids)[-1] for ids in made.rows[0]["response_ids"]] == [end or "</s>"] * 2
 
 
 def test_what_the_template_writes_otherwise_after_a_response_counts_as_the_response(caplog):

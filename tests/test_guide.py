@@ -22,6 +22,7 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from nca_kernels import cli
+from nca_kernels.integrations import rows, trainer
 from nca_kernels.integrations.config import NCAConfig
 from nca_kernels.integrations.run_config import Sources
 
@@ -29,6 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+KEYS = {field.name for kind in (NCAConfig, Sources) for field in dataclasses.fields(kind)}
+# Its name before transformers 5.23.
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in KEYS else "gradient_checkpointing"
 
 
 def blocks(language):
@@ -48,7 +52,7 @@ def user(tmp_path_factory):
     files = re.findall(r"^`([\w-]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
     assert [name for name, _ in files] == ["train.jsonl", "heldout.jsonl", "run.yaml", "lora.yaml", "fsdp2.yaml"]
     for name, content in files:
-        (folder / name).write_text(content)
+        (folder / name).write_text(content.replace("activation_checkpointing", CHECKPOINTING))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
         yield folder
@@ -127,7 +131,7 @@ def test_accelerate_knows_the_keys_of_fsdp2():
     assert set(values["fsdp_config"]) <= set(known) and values["fsdp_config"]["fsdp_version"] == 2
 
 
-def test_failed_runs_say_why_in_one_line(user, capsys):
+def test_failed_runs_say_why_in_one_line(user, capsys, monkeypatch):
     bad = user / "bad.jsonl"
     bad.write_text((user / "train.jsonl").read_text() + '{"prompt": "q", "responses": ["a", "b"], "scores": [1]}\n')
     for words, message in (
@@ -135,13 +139,25 @@ def test_failed_runs_say_why_in_one_line(user, capsys):
         (["--data", "gone.jsonl"], "gone.jsonl: no such file"),
         (["--model", "./gone"], "'./gone' is no folder or hub name that loads"),
         (["--eval_data", "null"], "eval_dataset"),
+        (["--model_init_kwargs", "{dtype: bf17}"], "model_init_kwargs: got {'dtype': 'bf17'}, with which the model does not load"),
+        (["--model_init_kwargs", "{dtypo: x}"], "model_init_kwargs: got {'dtypo': 'x'}, with which the model does not load"),
         (["--lora", "{target_modules: [lm_head]}"], "If that is LoRA on the head, leave it out of target_modules"),
     ):
         assert cli.main(["train", "run.yaml", "--output_dir", "failed", *words]) == 1, words
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("nca-kernels train: ") and message in last
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "cache_key", lambda *_: "bad")
+        (user / "bad.safetensors").write_text("nothing")
+        assert cli.main(["train", "run.yaml", "--output_dir", "failed", "--reference_cache_dir", "."]) == 1
+        assert "nca-kernels train: bad.safetensors: no file of reference log-probs" in capsys.readouterr().err
     assert cli.main(["train", "run.yaml", "--data", "bad.jsonl", "--skip_bad_rows", "true", "--max_steps", "1"]) == 0
     assert "bad.jsonl: 6 prompts, 17 responses, K = 2 to 4; 1 bad rows skipped" in capsys.readouterr().out
+
+
+def test_rows_are_checked_once(user, monkeypatch):
+    monkeypatch.setattr(rows, "load_groups", None)  # the trainer's own check
+    assert cli.main(["train", "run.yaml", "--use_cpu", "true", "--max_steps", "1", "--output_dir", "once"]) == 0
 
 
 def test_preferences_take_alpha_0_unless_told(user, capsys):
@@ -154,7 +170,7 @@ def test_preferences_take_alpha_0_unless_told(user, capsys):
 
 
 def test_the_tables_name_keys_that_exist():
-    ours = {field.name for kind in (NCAConfig, Sources) for field in dataclasses.fields(kind)}
+    ours = {*KEYS, "activation_checkpointing"}
     for title in ("## From the authors' YAML", "## From TRL's DPOTrainer"):
         section = GUIDE.split(title)[1].split("\n## ")[0]
         rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]
@@ -171,5 +187,5 @@ def test_the_table_of_trl_names_its_keys():
     section = GUIDE.split("## From TRL's DPOTrainer")[1]
     for theirs, _ in re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]:
         for key, value in re.findall(r"`(\w+)(?:: (\w+))?`", theirs):
-            assert key in fields
+            assert key in fields or theirs.startswith("the data's ")
             assert key != "loss_type" or not value or f"'{value}'" in losses

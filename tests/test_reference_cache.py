@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from architectures import tiny
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, get_peft_model
 from test_data import tokenizer
 from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
@@ -24,8 +24,11 @@ def _users_dispatch(default_dispatch):
     """Triton's interpreter takes seconds where the CPU's kernels take milliseconds."""
 
 
+LORA = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"])
+
+
 def files(folder):
-    return sorted(path for path in (folder / "reference_cache").rglob("*") if path.is_file())
+    return sorted(path for path in (folder / "_reference_cache").rglob("*") if path.is_file())
 
 
 def test_computed_once(tmp_path, monkeypatch):
@@ -50,13 +53,14 @@ def test_files_of_a_run(tmp_path, monkeypatch):
     rows = make_rows(4)
     NCATrainer(tiny("llama"), config(tmp_path / "a"), rows, {"x": rows[:2], "y": rows[2:]})
     assert len(files(tmp_path / "a")) == 3
-    monkeypatch.setenv("NCA_KERNELS_CACHE", str(tmp_path / "b" / "reference_cache"))
-    NCATrainer(tiny("llama"), config(tmp_path / "c"), rows)
+    with monkeypatch.context() as patch:
+        patch.setenv("NCA_KERNELS_CACHE", str(tmp_path / "b" / "_reference_cache"))
+        NCATrainer(tiny("llama"), config(tmp_path / "c"), rows)
     assert len(files(tmp_path / "b")) == 1 and not files(tmp_path / "c")
-    NCATrainer(tiny("llama"), config(tmp_path / "d", reference_cache_dir=str(tmp_path / "d" / "reference_cache")), rows)
+    NCATrainer(tiny("llama"), config(tmp_path / "d", reference_cache_dir=str(tmp_path / "d" / "_reference_cache")), rows)
     assert len(files(tmp_path / "d")) == 1
     scored = with_ref_logps(rows, tiny("llama"))
-    trainer = NCATrainer(tiny("llama"), config(tmp_path / "e", reference_cache_dir=str(tmp_path / "e" / "reference_cache")), scored)
+    trainer = NCATrainer(tiny("llama"), config(tmp_path / "e"), scored)
     assert not files(tmp_path / "e")
     assert trainer.train_dataset["ref_logps"][:] == [row["ref_logps"] for row in scored]
 
@@ -64,15 +68,15 @@ def test_files_of_a_run(tmp_path, monkeypatch):
 def test_keys():
     """Another model, other weights, other tokens or another precision are other files; other scores are not."""
     rows = Dataset.from_list(make_rows(5))
-    plain = weights_digest(tiny("llama"))
+    plain = weights_digest(tiny("llama"), base=False)
     key = cache_key(plain, rows, "no")
-    assert plain == weights_digest(tiny("llama"))
+    assert plain == weights_digest(tiny("llama"), base=False)
     assert key == cache_key(plain, rows, "no") == cache_key(plain, rows.remove_columns("scores").flatten_indices(), "no")
     assert key == cache_key(plain, rows.select([4, *range(5)]).select(range(1, 6)), "no")
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1e-6
-    others = {weights_digest(model), weights_digest(tiny("llama", rms_norm_eps=1e-3)), weights_digest(tiny("gpt2"))}
-    assert len({plain, *others}) == 4
+    models = (model, tiny("llama", rms_norm_eps=1e-3), tiny("gpt2"))
+    assert len({plain, *(weights_digest(each, base=False) for each in models)}) == 4
     # Two batches of rows in Arrow.
     many = Dataset.from_list([{"prompt_ids": [3], "response_ids": [[4]]}] * 10_001)
     other = Dataset.from_list([{"prompt_ids": [3], "response_ids": [[4]]}] * 10_000 + [{"prompt_ids": [3], "response_ids": [[5]]}])
@@ -87,7 +91,33 @@ def test_keys():
 def test_the_base_under_peft_is_the_model(tmp_path):
     """So a run with an adapter reads what a run without one computed."""
     model = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["norm"]))
-    assert weights_digest(model) == weights_digest(tiny("llama"))
+    assert weights_digest(model, base=True) == weights_digest(tiny("llama"), base=False)
+
+
+def adapted(**options):
+    """A model with an adapter that does something."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    return get_peft_model(tiny("llama"), lora).eval()
+
+
+def test_an_adapter_of_a_reference_is_part_of_it():
+    """Its weights, and what scales them; the same in every process, whatever the order of a set."""
+    other = adapted()
+    next(p for name, p in other.named_parameters() if "lora_B" in name).data[0, 0] += 1e-6
+    models = (tiny("llama"), adapted(), other, adapted(lora_alpha=1))
+    assert len({weights_digest(each, base=False) for each in models}) == 4
+    again = adapted()
+    again.peft_config["default"].target_modules = {"v_proj", "q_proj"}
+    assert weights_digest(again, base=False) == weights_digest(adapted(), base=False)
+
+
+def test_lists_of_a_fixed_size():
+    rows = [{"prompt_ids": [3, 4], "response_ids": [[5, 6], [7, 8]]}, {"prompt_ids": [3, 4], "response_ids": [[5, 6], [7, 9]]}]
+    fixed = {"prompt_ids": List(Value("int64"), length=2), "response_ids": List(List(Value("int64"), length=2), length=2)}
+    plain, same = Dataset.from_list(rows), Dataset.from_list(rows, Features(fixed))
+    assert cache_key("", same, "no") == cache_key("", plain, "no")
+    assert cache_key("", same.select([1]), "no") == cache_key("", plain.select([1]), "no") != cache_key("", plain.select([0]), "no")
 
 
 def test_tokenizer_and_truncation_make_other_files(tmp_path):
@@ -108,7 +138,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
     """Killed in its third part by the system, which leaves no time to tidy up: two parts are kept, the rest is computed."""
     monkeypatch.setattr(module, "PART", 4)
     rows = Dataset.from_list(make_rows(14))
-    file = tmp_path / "reference_cache" / "key.safetensors"
+    file = tmp_path / "_reference_cache" / "key.safetensors"
     child = os.fork()
     if child == 0:
         calls = []
@@ -134,7 +164,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
 def test_killed_while_writing(tmp_path, monkeypatch):
     """What is half written has another name, and is never read."""
     rows = Dataset.from_list(make_rows(3))
-    file = tmp_path / "reference_cache" / "key.safetensors"
+    file = tmp_path / "_reference_cache" / "key.safetensors"
     replace = os.replace
 
     def killed(unfinished, file):
@@ -152,11 +182,11 @@ def test_a_file_of_something_else(tmp_path):
     rows = Dataset.from_list(make_rows(3))
     file = tmp_path / "key.safetensors"
     file.write_bytes(b"nothing")
-    with pytest.raises(RuntimeError, match="key.safetensors: no file of reference log-probs"):
+    with pytest.raises(ValueError, match="key.safetensors: no file of reference log-probs"):
         reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)
     file.unlink()
     reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)
-    with pytest.raises(RuntimeError, match=r"key.safetensors: holds \[\d+\] log-probs, wanted"):
+    with pytest.raises(ValueError, match=r"key.safetensors: holds \[\d+\] log-probs, wanted"):
         reference_logps(rows.select([0]), fake_logps, file, Accelerator(cpu=True), batch_size=2)
 
 
@@ -167,7 +197,7 @@ def test_at_every_step(loss, tmp_path):
     model = {"attention_dropout": 0.5}
     cached = trained(tmp_path / "a", rows, tiny("llama", **model).train(), loss=loss)
     copied = trained(tmp_path / "b", rows, tiny("llama", **model).train(), loss=loss, reference="model")
-    assert not (tmp_path / "b" / "reference_cache").exists()
+    assert not (tmp_path / "b" / "_reference_cache").exists()
     assert logged(copied, "loss") == pytest.approx(logged(cached, "loss"), rel=1e-5)
     assert_same_weights(weights(copied), weights(cached), tiny("llama", **model).state_dict(), rtol=2e-3)
 
@@ -188,3 +218,58 @@ def test_a_reference_of_its_own(reference, tmp_path):
         change += float((ours - theirs)[max(range(len(ours)), key=lambda i: row["scores"][i])]) / len(rows)
     assert log["logps/best_change"] == pytest.approx(change, rel=1e-4)
     assert_same_weights(dict(other.state_dict()), before)
+
+
+@pytest.mark.parametrize("reference", ["precompute", "model"])
+def test_a_reference_with_an_adapter(reference, tmp_path):
+    """The adapter is part of it, unlike that of the policy."""
+    rows = make_rows(4)
+    wanted = with_ref_logps(rows, adapted())
+    log = trained(tmp_path, rows, peft_config=LORA, ref_model=adapted(), reference=reference).state.log_history[0]
+    scored = trained(tmp_path, wanted, peft_config=LORA).state.log_history[0]
+    assert scored["kl"] != pytest.approx(0, abs=0.1)
+    assert log["kl"] == pytest.approx(scored["kl"], rel=1e-4)
+
+
+def test_a_reference_of_its_own_is_not_replaced_by_the_policy(tmp_path):
+    """Its log-probs are kept, and not the model."""
+    rows = make_rows(4)
+    for keywords in ({}, {"peft_config": LORA}):
+        trainer = NCATrainer(tiny("llama"), config(tmp_path), rows, rows, ref_model=adapted(), **keywords)
+        for evaluate in (trainer.evaluate, trainer.predict):
+            with pytest.raises(ValueError, match='_dataset: rows without ref_logps, and ref_model is no longer kept; .*"model"'):
+                evaluate(rows)
+        assert trainer.evaluate(with_ref_logps(rows, adapted()))["eval_kl"] == pytest.approx(trainer.evaluate()["eval_kl"])
+    trainer = NCATrainer(tiny("llama"), config(tmp_path, reference="model"), rows, rows, ref_model=adapted())
+    assert trainer.evaluate(rows)["eval_kl"] == trainer.evaluate()["eval_kl"] != pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora"])
+def test_a_base_that_is_rewritten_is_no_reference(how, tmp_path):
+    rows = make_rows(4)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=how)
+    for reference in ("precompute", "model"):
+        with pytest.raises(ValueError, match=f"init_lora_weights: got '{how}', which changes the weights of the base"):
+            NCATrainer(tiny("llama"), config(tmp_path, reference=reference), rows, peft_config=lora)
+    start = with_ref_logps(rows, tiny("llama"))
+    for given, keywords in ((start, {}), (rows, {"ref_model": tiny("llama")})):
+        kl = trained(tmp_path, given, peft_config=lora, **keywords).state.log_history[0]["kl"]
+        assert kl == pytest.approx(0, abs=1e-4)
+
+
+def test_what_is_no_reference_is_refused(tmp_path):
+    rows, model = make_rows(4), tiny("llama")
+    with pytest.raises(TypeError, match="ref_model: got str, wanted a causal LM, loaded"):
+        NCATrainer(model, config(tmp_path), rows, ref_model="some/model")
+    for keywords in ({}, {"peft_config": LORA}):
+        with pytest.raises(ValueError, match="ref_model: has weights that are trained as model's"):
+            NCATrainer(model, config(tmp_path), rows, ref_model=model, **keywords)
+    assert not files(tmp_path)
+
+
+def test_a_policy_that_cannot_be_served_is_refused_before_the_pass(tmp_path):
+    """LoRA on the head, which the reference does without."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="If that is LoRA on the head, leave it out"):
+        NCATrainer(tiny("llama"), config(tmp_path), make_rows(4), peft_config=lora)
+    assert not files(tmp_path)

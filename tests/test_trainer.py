@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from architectures import tiny
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from test_data import tokenizer
 from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
@@ -168,6 +169,71 @@ def test_evaluating_on_other_rows(tmp_path):
         trainer.evaluate(rows[:3])
 
 
+@pytest.mark.parametrize("loss", ["nca", "kto"])
+def test_predict(loss, tmp_path):
+    """Of rows in any form that evaluate takes, its metrics."""
+    words = tokenizer()
+    rows = [{"prompt": prompt, "responses": ["ath", " oth"], "scores": [1.0, 0.2]} for prompt in ("the moth", "a", "oth")]
+    trainer = trained(
+        tmp_path, rows, tiny("llama", vocab_size=len(words)), rows, processing_class=words, loss=loss, reference="model"
+    )
+    wanted = trainer.evaluate()["eval_loss"]
+    for given in (rows, Dataset.from_list(rows), trainer.eval_dataset):
+        predicted = trainer.predict(given)
+        assert predicted.predictions is None
+        assert predicted.metrics["test_loss"] == wanted
+
+
+def test_ktos_evaluation_does_not_depend_on_its_batches(tmp_path):
+    """One baseline for all of it, by hand in float64."""
+    rows, held_out = make_rows(6), make_rows(5, seed=3)
+    losses = []
+    for size in (1, 2, 5):
+        trainer = trained(tmp_path, rows, eval_dataset=held_out, loss="kto", per_device_eval_batch_size=size)
+        losses.append(trainer.evaluate()["eval_loss"])
+    policy, start = trainer.model.double(), tiny("llama").double()
+    changes = []
+    for row in trainer.eval_dataset:
+        responses = [*row["response_ids"], row["mismatched_ids"]]
+        with torch.no_grad():
+            changes.append(plain_logps(policy, row["prompt_ids"], responses) - plain_logps(start, row["prompt_ids"], responses))
+    z = sum(change[-1] for change in changes) / 5
+    assert z > 0.1
+    wanted = 0
+    for row, change in zip(held_out, changes, strict=True):
+        best = torch.tensor(row["scores"]) == max(row["scores"])
+        wanted += float((1 - torch.sigmoid(0.1 * (change[:-1] - z) * (2 * best - 1))).mean()) / 5
+    assert losses == pytest.approx([wanted] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_formatted_for_tensors(form, tmp_path):
+    """Prompts and responses of one length, which tensors would add up."""
+    rows = [{"prompt_ids": [3, 4 + i], "response_ids": [[5, 6 + i], [7, 8]], "scores": [1.0, 0.0]} for i in range(4)]
+    plain = trained(tmp_path, rows)
+    formatted = trained(tmp_path, Dataset.from_list(rows).with_format(form))
+    assert logged(formatted, "logps/best") == logged(plain, "logps/best")
+
+
+def test_columns_that_are_not_used_may_be_of_any_kind(tmp_path):
+    rows = [{**row, "note": note} for row, note in zip(make_rows(4), (1, "one", {"a": 1}, [None]), strict=True)]
+    trainer = NCATrainer(tiny("llama"), config(tmp_path), rows)
+    assert trainer.train_dataset.column_names == ["prompt_ids", "response_ids", "scores", "ref_logps"]
+
+
+def test_what_a_run_would_lose_in_silence(tmp_path, caplog):
+    """Small steps of low precision, and the loss that balances experts; not where there is nothing to lose."""
+    scored = with_ref_logps(make_rows(4), tiny("llama"))
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    for model, keywords in ((tiny("llama"), {}), (tiny("llama").bfloat16(), {"peft_config": lora}), (tiny("mixtral"), {})):
+        NCATrainer(model, config(tmp_path), scored, **keywords)
+    assert not caplog.records
+    NCATrainer(tiny("llama").bfloat16(), config(tmp_path, learning_rate=5e-6), scored)
+    assert "model: trains weights in torch.bfloat16, which round steps of 5e-06 away; wanted float32" in caplog.text
+    NCATrainer(tiny("mixtral", output_router_logits=True), config(tmp_path), scored)
+    assert "model: output_router_logits is set; the loss that balances its experts is no part" in caplog.text
+
+
 @pytest.mark.parametrize("K", [2, 3])
 def test_num_responses(K, tmp_path):
     """A best one and one below it are kept, the others at random, by the seed."""
@@ -231,6 +297,7 @@ def test_plots(tmp_path):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: got dispatch_batches True, wanted False"),
     ],
 )
 def test_errors_of_the_config(options, message, tmp_path):
@@ -254,6 +321,9 @@ ROW = {"prompt_ids": [3], "response_ids": [[4], [5]], "scores": [1.0, 0.0]}
         ([{**ROW, "prompt_ids": []}], "train_dataset: row 1, column prompt_ids: no tokens"),
         ([{"prompt_ids": [3]}], "train_dataset: got the columns prompt_ids, wanted response_ids, scores as well"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "processing_class: got None"),
+        ([ROW, {**ROW, "scores": ["high", "low"]}], "train_dataset: column scores: .*; wanted one kind of values in all rows"),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "train_dataset: column prompt: .*; wanted one kind"),
+        ([{"question": "a", "answer": "b"}], "train_dataset: got the columns question, answer; wanted prompt"),
     ],
 )
 def test_errors_of_the_rows(rows, message, tmp_path):
@@ -265,6 +335,14 @@ def test_errors_of_other_arguments(tmp_path):
     args = config(tmp_path)
     with pytest.raises(TypeError, match="train_dataset: got str, wanted a datasets.Dataset or a list"):
         NCATrainer(tiny("llama"), args, "train.jsonl")
+    with pytest.raises(TypeError, match="train_dataset: got DatasetDict, wanted a datasets.Dataset or a list"):
+        NCATrainer(tiny("llama"), args, DatasetDict(train=Dataset.from_list([ROW])))
+    trainer = NCATrainer(tiny("llama"), args, [ROW], {"a": [ROW]})
+    assert trainer.evaluate("a")["eval_loss"] == trainer.evaluate()["eval_a_loss"]
+    for given in (Dataset.from_list([ROW]).to_iterable_dataset(), (ROW,), "b"):
+        for name, evaluate in (("eval_dataset", trainer.evaluate), ("test_dataset", trainer.predict)):
+            with pytest.raises(TypeError, match=f"{name}: got {type(given).__name__}, wanted a datasets.Dataset or a list"):
+                evaluate(given)
     with pytest.raises(TypeError, match="args: got TrainingArguments, wanted an NCAConfig"):
         NCATrainer(tiny("llama"), TrainingArguments(str(tmp_path), use_cpu=True), [ROW])
     with pytest.raises(TypeError, match="model: got int"):
@@ -278,3 +356,12 @@ def test_errors_of_other_arguments(tmp_path):
         NCATrainer(tiny("llama"), args, bad, processing_class=tokenizer())
     with pytest.raises(ValueError, match="train_dataset: got 1 row, wanted at least 2: kto"):
         NCATrainer(tiny("llama"), config(tmp_path, loss="kto"), [ROW])
+
+
+def test_several_gpus_without_a_launcher(tmp_path):
+    args = config(tmp_path)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="args: got 2 GPUs for one process, .*: use accelerate launch, or CUDA_VISIBLE_DEVICES=0"):
+        NCATrainer(tiny("llama"), args, [ROW])
+    assert not list(tmp_path.iterdir())

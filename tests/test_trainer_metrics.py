@@ -157,3 +157,19 @@ def test_speed_leaves_evaluations_out(tmp_path, monkeypatch):
     run.train()
     tokens = [sum(len(row["prompt_ids"]) + len(ids) for ids in row["response_ids"]) for row in rows]
     assert logged(run, "tokens_per_second") == [sum(tokens[:4]) / 4.0, sum(tokens[4:]) / 4.0]
+
+
+def test_times_are_kept_only_to_be_logged(tmp_path):
+    run = trainer.NCATrainer(tiny("llama"), config(tmp_path, logging_strategy="no"), make_rows(4))
+    run.train()
+    assert run._clock is None
+    assert "loss" not in {name for log in run.state.log_history for name in log}
+
+
+def test_logs_of_others(tmp_path):
+    """A loss that a callback logs before any step."""
+    run = trainer.NCATrainer(tiny("llama"), config(tmp_path), make_rows(4))
+    run.log({"loss": 1.0})
+    assert logged(run, "loss") == [1.0] and not logged(run, "tokens_per_second")
+    run.train()
+    assert len(logged(run, "tokens_per_second")) == 1

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from architectures import tiny
 from peft import LoraConfig
-from training import config, make_rows, trained, weights
+from training import config, make_rows, trained, weights, with_ref_logps
 
 from nca_kernels.integrations.trainer import NCATrainer
 
@@ -36,6 +36,8 @@ CASES = {
     "nca": {},
     "accumulated": {"gradient_accumulation_steps": 2},
     "kto": {"loss": "kto", "gradient_accumulation_steps": 2},
+    # Evaluation ends a batch earlier on one of the ranks.
+    "kto_uneven": {"loss": "kto", "accelerator_config": {"even_batches": False}},
     "lora": {"peft_config": LORA},
     "model": {"loss": "info_nca", "reference": "model"},
     "resumed": {"loss": "kto"},
@@ -45,6 +47,8 @@ CASES = {
     "fsdp_lora": {**FSDP, "peft_config": LORA},
     "fsdp_lora_resumed": {**FSDP, "peft_config": LORA},
     "fsdp_share_prompt": {**FSDP, "share_prompt": True},
+    "fsdp_share_prompt_model": {**FSDP, "share_prompt": True, "reference": "model"},
+    "fsdp_evaluated_scored": {**FSDP, "loss": "kto", "evaluated": True},
 }
 
 
@@ -56,7 +60,10 @@ def run(case, folder, processes):
         options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     options |= {"per_device_train_batch_size": size, "per_device_eval_batch_size": 4 // processes}
     options |= {"eval_dataset": make_rows(5, seed=1), "save_strategy": "steps", "save_steps": 2}
-    trainer = trained(folder / case, make_rows(11), **options)
+    rows = make_rows(11)
+    if case.endswith("scored"):  # so that no model is sharded for a reference pass
+        rows, options["eval_dataset"] = (with_ref_logps(each, tiny("llama")) for each in (rows, options["eval_dataset"]))
+    trainer = trained(folder / case, rows, **options)
     if case.endswith("resumed"):
         checkpoint = str(folder / case / "checkpoint-2")  # in the middle of an epoch
         trainer = trained(folder / case, make_rows(11), resume=checkpoint, **options | {"num_train_epochs": 2})

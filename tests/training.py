@@ -65,12 +65,15 @@ def config(folder, **options):
     return NCAConfig(output_dir=str(folder), **{**defaults, **options})
 
 
-def trained(folder, rows, model=None, eval_dataset=None, resume=None, **options):
-    """The trainer after its run, from the checkpoint ``resume`` on; other keywords are of the config, or of the trainer."""
+def trained(folder, rows, model=None, eval_dataset=None, resume=None, evaluated=False, **options):
+    """The trainer after its run, from the checkpoint ``resume`` on, and ``evaluated`` before it; other keywords are of the config,
+    or of the trainer."""
     names = ("processing_class", "peft_config", "ref_model", "callbacks")
     keywords = {name: options.pop(name) for name in names if name in options}
     trainer = NCATrainer(model or tiny("llama"), config(folder, **options), rows, eval_dataset, **keywords)
     trainer.remove_callback(PlotsCallback)  # a second each
+    if evaluated:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -38,7 +38,8 @@ class NCAConfig(TrainingArguments):
         skip_bad_rows: leave out rows that cannot be used, and say which, in place of raising.
         reference: ``"precompute"``: the reference log-probs are computed once, into a cache on disk that later runs use.
             ``"model"``: at every step, by the base under PEFT, or by a frozen copy of the model.
-        reference_cache_dir: the folder of that cache; ``None`` for ``$NCA_KERNELS_CACHE``, or ``<output_dir>/reference_cache``.
+        reference_cache_dir: the folder of that cache; ``None`` for ``$NCA_KERNELS_CACHE``, or ``<output_dir>/_reference_cache``
+            (which ``push_to_hub`` leaves out, for its underscore).
         save_budget: bytes of logits tiles that a trained head keeps (:func:`nca_kernels.linear_token_logps`).
 
     Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
@@ -92,5 +93,7 @@ class NCAConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: got True, wanted False: it would remove prompts, responses and scores")
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("accelerator_config: got dispatch_batches True, wanted False: ragged batches cannot be dealt out")
         if self.reference_cache_dir is None:
-            self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "reference_cache"))
+            self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "_reference_cache"))

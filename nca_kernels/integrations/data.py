@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUTS = "prompt + responses + scores, prompt + chosen + rejected, or A0, A1, ... + score_A0, score_A1, ..."
 _FLOAT32_MAX = 3.4028234e38  # scores become float32, where more is infinite
+_IMAGES = ("image", "images")
 
 # Texts and messages in columns of their own: a Json column would take the text "4" for a number. Json, since messages may
 # have keys of their own.
@@ -105,7 +106,7 @@ def load_groups(
 def _open(source: str | os.PathLike | Dataset, split: str) -> tuple[str, Dataset]:
     """What errors call the source, and its rows as they stand."""
     if isinstance(source, Dataset):
-        return "dataset", source
+        return "dataset", source.with_format(None)  # as Python's lists, whatever it is formatted for
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source: got {type(source).__name__}, wanted a file, a hub name or a datasets.Dataset (one split)")
     name = os.fspath(source)
@@ -144,6 +145,9 @@ def _parsed(line: str) -> dict:
 
 
 def _group(row: dict, scores_required: bool) -> dict:
+    for column in _IMAGES:
+        if row.get(column):
+            raise _BadRow(column, "an image, wanted text alone")
     preference = False
     if row.get("responses") is not None:
         responses = _numbered(row, "responses")
@@ -172,6 +176,11 @@ def _group(row: dict, scores_required: bool) -> dict:
     content = {f"{kind}_prompt": prompt, f"{kind}_responses": responses}
     scores = None if scores is None else list(scores.values())
     return {"kind": kind, **content, "scores": scores, "preference": preference}
+
+
+def is_used(column: str) -> bool:
+    """Is it part of a layout, or refused where it holds something?"""
+    return re.fullmatch(r"prompt|responses|scores|chosen|rejected|images?|(score_)?A\d+", column) is not None
 
 
 def _numbered(row: dict, column: str) -> dict[str, object]:

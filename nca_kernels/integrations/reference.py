@@ -1,4 +1,4 @@
-"""A model as the reference that it is: without dropout, without gradients and, of PEFT, without its adapter."""
+"""A model as a reference: without dropout, without gradients and, where it is the policy under PEFT, without its adapter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ from contextlib import contextmanager, nullcontext
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+
+# Initializations of LoRA that take out of the base what they put into the adapter.
+_REWRITE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
-def as_reference(model: nn.Module) -> Iterator[None]:
-    """Inside it the model computes what it did before training, as far as that lies in its base."""
-    with evaluating(model), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+def as_reference(model: nn.Module, *, base: bool) -> Iterator[None]:
+    """Inside it the model computes what it did before training; with ``base``, what its base does, under PEFT."""
+    with evaluating(model), model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext():
         yield
+
+
+def refuse_rewritten_base(model: PeftModel) -> None:
+    """ValueError for an adapter without which the base is no longer the model that it was made of."""
+    for config in model.peft_config.values():
+        how = str(getattr(config, "init_lora_weights", "")).lower()
+        if how.startswith(_REWRITE_THE_BASE):
+            raise ValueError(
+                f"init_lora_weights: got {how!r}, which changes the weights of the base, so that it is not the reference; wanted "
+                "another, or a ref_model, or rows with ref_logps"
+            )
 
 
 @contextmanager
@@ -29,6 +42,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-            # FSDP2 leaves its outermost weights gathered until a backward; an optimizer made now would take them for shards.
-            if isinstance(module, FSDPModule):
-                module.reshard()

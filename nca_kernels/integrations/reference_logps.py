@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +27,7 @@ from .rows import arrow_batches, longest_sequences, response_counts
 # Prompts between two files of an unfinished pass: what a killed run loses at most.
 PART = 512
 # What a model's config says of where it lies and how it is run, not of what it computes.
-_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype"}
+_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype", "base_model_name_or_path", "inference_mode"}
 
 
 def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
@@ -41,29 +43,37 @@ def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
     digest = xxhash.xxh3_128(f"{weights} {numerics}".encode())
     for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
         for lists in columns.values():
-            while isinstance(lists, (pa.ListArray, pa.LargeListArray)):
-                digest.update(lists.value_lengths().to_numpy())
+            while isinstance(lists, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+                digest.update(pc.list_value_length(lists).to_numpy())
                 lists = lists.flatten()
             digest.update(lists.to_numpy().astype("int64"))
     return digest.hexdigest()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash of what the model computes: the bytes of its weights, and its config. Of a PEFT model: of its base."""
+def weights_digest(model: nn.Module, *, base: bool) -> str:
+    """A hash of what the model computes, or with ``base`` its base under PEFT: the bytes of its weights, and its config."""
     core = causal_lm(model)
-    adapter = getattr(getattr(model, "base_model", None), "prefix", None)
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     digest = xxhash.xxh3_128()
     for name, tensor in core.state_dict().items():
-        if adapter is not None and (adapter in name or "modules_to_save" in name):
+        if base and prefix is not None and (prefix in name or "modules_to_save" in name):
             continue
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         # PEFT puts the layers that it changes one level down.
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    config = {key: value for key, value in core.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    configs = [core.config]
+    if isinstance(model, PeftModel) and not base:
+        configs += [model.peft_config[name] for name in model.active_adapters]
+    for config in configs:
+        known = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+        digest.update(json.dumps(known, sort_keys=True, default=_in_order).encode())
     return digest.hexdigest()
+
+
+def _in_order(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def reference_logps(
@@ -89,7 +99,7 @@ def reference_logps(
         progress: show a bar, on the main process.
 
     Raises:
-        RuntimeError: a file that is not what this function wrote.
+        ValueError: a file that is not what this function wrote.
     """
     counts = response_counts(rows)
     flat = _on_main(accelerator, _read, file, sum(counts))
@@ -150,9 +160,9 @@ def _read(file: Path, size: int) -> Tensor | None:
     try:
         flat = load_file(file)["ref_logps"]
     except Exception as error:
-        raise RuntimeError(f"{file}: no file of reference log-probs ({error}); remove it to have it computed anew") from error
+        raise ValueError(f"{file}: no file of reference log-probs ({error}); remove it to have it computed anew") from error
     if flat.shape != (size,):
-        raise RuntimeError(f"{file}: holds {list(flat.shape)} log-probs, wanted {size}; remove it to have it computed anew")
+        raise ValueError(f"{file}: holds {list(flat.shape)} log-probs, wanted {size}; remove it to have it computed anew")
     return flat
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .config import NCAConfig
-from .data import load_groups
+from .data import LAYOUTS, is_used, load_groups
 from .tokens import tokenize_groups
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,8 @@ def prepare_rows(
         raise TypeError(f"{name}: got {type(rows).__name__}, wanted a datasets.Dataset or a list of rows")
     if len(rows) == 0:
         raise ValueError(f"{name}: got no rows")
-    if isinstance(rows, list):
-        # Dataset.from_list would drop the columns that the first row has not.
-        columns = dict.fromkeys(column for row in rows for column in row)
-        rows = Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    # Of a data set formatted for torch, rows would be tensors, which add where lists concatenate.
+    rows = _table(name, rows) if isinstance(rows, list) else rows.with_format(None)
     if "prompt_ids" not in rows.column_names:
         rows = _tokenized(name, rows, tokenizer, args)
     columns = COLUMNS if args.loss == "kto" else COLUMNS[:4]
@@ -56,6 +54,21 @@ def prepare_rows(
     if args.loss == "kto" and "mismatched_ids" not in rows.column_names:
         rows = _with_mismatched(name, rows)
     return rows
+
+
+def _table(name: str, rows: list[dict]) -> Dataset:
+    """The columns that are used, in any of the rows; what else these hold may be of many kinds."""
+    given = dict.fromkeys(column for row in rows for column in row)
+    tables = []
+    for column in given:
+        if column in COLUMNS or is_used(column):
+            try:
+                tables.append(Dataset.from_dict({column: [row.get(column) for row in rows]}))
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise ValueError(f"{name}: column {column}: {error}; wanted one kind of values in all rows") from error
+    if not tables:
+        raise ValueError(f"{name}: got the columns {', '.join(given)}; wanted {LAYOUTS}")
+    return concatenate_datasets(tables, axis=1)
 
 
 def _tokenized(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig) -> Dataset:

@@ -66,8 +66,9 @@ def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
         OSError: the file cannot be read.
     """
     given = {**_from_file(path), **_from_words(overrides)}
-    # Wider than in transformers, whose Trainer.train takes `true` for the last checkpoint.
-    hints = {**_hints(Sources), **_hints(NCAConfig), "resume_from_checkpoint": str | bool | None}
+    # Wider than what transformers says of them: `true` is the last checkpoint, and FSDP as fsdp_config has it.
+    wider = dict.fromkeys(("resume_from_checkpoint", "fsdp"), bool | str | None)
+    hints = {**_hints(Sources), **_hints(NCAConfig), **wider}
     values = _checked(given, hints)
     for key in ("model", "data"):
         if key not in values:
@@ -133,6 +134,8 @@ def _typed(key: str, given: _Given, hint: Any) -> object:
     if isinstance(given.value, (int, str)) and not isinstance(given.value, bool):
         # Where a float is wanted, 1 is one, and so is 5e-6, which YAML 1.1 reads as text for want of a dot.
         readings += _float(given.value)
+    if given.value is False and key.endswith("_strategy"):
+        readings.append("no")  # which YAML 1.1 reads as false, too
     for reading in readings:
         try:
             validate_typed_dict(TypedDict("Wanted", {key: hint}), {key: reading})

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .collator import IGNORE_INDEX, GroupCollator
 from .heads import causal_lm, model_logps
+from .reference import evaluating
 
 Mask = Tensor | BlockMask
 
@@ -91,7 +92,6 @@ def refuse_unless_tree(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
 def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, backend: str | None = None) -> None:
     r"""Compares the layout's log-probs on this very model with those of separate rows; for the start of a run.
 
@@ -108,18 +108,13 @@ def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, ba
     name = type(causal_lm(model)).__name__
     row = max(rows, key=lambda row: len(row["prompt_ids"]) + max(map(len, row["response_ids"])))
     separate = GroupCollator(collator.pad_token_id)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         own = _scored_logps(model, separate([row]), backend)
         first = _scored_logps(model, separate([{**row, "response_ids": row["response_ids"][:1]}]), backend)
         try:
             laid_out = _scored_logps(model, collator([row]), backend)
         except Exception as error:
             raise ValueError(f"{collator.layout}: {name} fails in this layout, not in separate rows: {error!r}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     # What the model's own rounding makes of another shape of batch says how close is close; more than 0.02 is no rounding.
     noise = (first - own[: len(first)]).abs().mean().clamp(max=0.02)
     # Rounding differences of tree and separate rows: 7e-7 (float32) and 0.003 (bfloat16) of a mean log-prob of -8, 24 layers.

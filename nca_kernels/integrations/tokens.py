@@ -118,21 +118,24 @@ def _prompt_and_whole(prompt: str | list, responses: list, tokenizer: PreTrained
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError("tokenizer: no chat_template for data of chat messages; set one, or give plain text")
+        # Two contents tell whether the template writes more after them: it may write them otherwise than they are (trimmed, say).
+        contents = [{**responses[0], "content": content} for content in "01"]
         try:
             texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)]
-            texts += [tokenizer.apply_chat_template([*prompt, r], tokenize=False).rstrip() for r in responses]
+            texts += [tokenizer.apply_chat_template([*prompt, r], tokenize=False).rstrip() for r in [*responses, *contents]]
         except TemplateError as error:
             raise ValueError(f"tokenizer: its chat template refuses the prompt {str(prompt)[:200]}: {error}") from error
-        ended = [not text.endswith(r["content"].rstrip()) for text, r in zip(texts[1:], responses, strict=True)]
+        *texts, zero, one = texts
+        ended = zero[-1:] == one[-1:]
     else:
         texts = [prompt, *(prompt + response for response in responses)]
-        ended = [False] * len(responses)
+        ended = False
     eos = tokenizer.eos_token_id
     # A template writes the special tokens itself.
     encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
     # Some tokenizers end every text with one.
     encoded = [ids[:-1] if not chat and ids[-1:] == [eos] else ids for ids in encoded]
-    return [encoded[0], *(ids if end else [*ids, eos] for ids, end in zip(encoded[1:], ended, strict=True))]
+    return [encoded[0], *(ids if ended else [*ids, eos] for ids in encoded[1:])]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 import datasets
 import torch
-from transformers import set_seed
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..dispatch import resolve
 from .config import NCAConfig
 from .data import Groups, load_groups
-from .pretrained import load_model, load_tokenizer
-from .run_config import Run
+from .pretrained import load_policy, load_tokenizer
+from .run_config import Run, Sources
+from .tokens import tokenize_groups
 from .trainer import NCATrainer
 
 
@@ -44,8 +46,7 @@ def prepare(run: Run) -> NCATrainer:
     if train.preference and "alpha" not in given:
         config.alpha = 0.0
     tokenizer = load_tokenizer(sources.tokenizer or sources.model)
-    dtype = {"dtype": torch.float32} if sources.lora is None else {}
-    model = load_model(sources.model, **{**dtype, **(sources.model_init_kwargs or {})})
+    model = _model(sources)
     total = sum(p.numel() for p in model.parameters())
     say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
     say(f"data     {sources.data}: {_described(train)}")
@@ -54,14 +55,11 @@ def prepare(run: Run) -> NCATrainer:
     say(f"loss     {_loss(config, train.preference)}")
     say(f"batch    {_batch(config)}")
     say(f"kernels  {_kernels(config, model.dtype)}")
-    trainer = NCATrainer(
-        model,
-        config,
-        train.rows,
-        None if heldout is None else heldout.rows,
-        processing_class=tokenizer,
-        peft_config=_lora(sources.lora),
-    )
+    with config.main_process_first(desc="tokens"):
+        limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+        rows = tokenize_groups(train.rows, tokenizer, **limits).rows
+        heldout_rows = None if heldout is None else tokenize_groups(heldout.rows, tokenizer, **limits).rows
+    trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer, peft_config=_lora(sources.lora))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")
     return trainer
@@ -88,6 +86,16 @@ def _speaker(config: NCAConfig) -> Callable[[str], None]:
     datasets.disable_progress_bars()
     logging.getLogger("nca_kernels").setLevel(logging.ERROR)
     return lambda line: None
+
+
+def _model(sources: Sources) -> PreTrainedModel:
+    keywords = sources.model_init_kwargs or {}
+    try:
+        return load_policy(sources.model, adapter=sources.lora is not None, **keywords)
+    except (AttributeError, ImportError, TypeError, StrictDataclassError) as error:
+        if not keywords:
+            raise
+        raise ValueError(f"model_init_kwargs: got {keywords}, with which the model does not load: {error}") from error
 
 
 def _lora(keywords: dict | None):

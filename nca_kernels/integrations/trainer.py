@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
 from .. import group_loss
 from .clock import LossClock
@@ -24,8 +26,8 @@ from .heads import model_logps
 from .kto import MismatchedCollator
 from .metrics import GroupMetrics
 from .plots import PlotsCallback
-from .pretrained import load_model
-from .reference import as_reference, evaluating
+from .policy import check_reference, policy_of, warn_of_losses
+from .reference import as_reference, evaluating, refuse_rewritten_base
 from .reference_logps import cache_key, reference_logps, weights_digest
 from .rows import longest_sequences, prepare_rows, unscored, with_ref_logps
 from .shared_prompt import check_layout, model_inputs
@@ -45,14 +47,16 @@ class NCATrainer(Trainer):
 
     Args:
         model: a transformers causal LM (inside PEFT, or not), or what ``from_pretrained`` takes: then in float32, since steps of
-            5e-6 are lost in bfloat16 weights; with ``peft_config`` in the dtype that it was saved in.
+            5e-6 are lost in bfloat16 weights; with ``peft_config`` in the dtype that it was saved in. A model that is loaded
+            keeps its own; trained in bfloat16, it gives a warning.
         args: see :class:`~nca_kernels.integrations.config.NCAConfig`.
         train_dataset: rows of a prompt, K responses and their scores: in any layout of ``load_groups``, or of
             ``tokenize_groups``. ``ref_logps`` in the latter (summed over tokens) are taken as they are.
         eval_dataset: the same, or a mapping of names to such.
         processing_class: the tokenizer, for rows that are not tokenized; saved with the model.
         peft_config: trains an adapter of the model; the base is the reference.
-        ref_model: the reference; ``None`` for the model as it is when training starts (its base, under PEFT).
+        ref_model: the reference, with its adapter if it has one; ``None`` for the model as it is when training starts (its base,
+            under PEFT). With ``reference="precompute"`` it is let go once all rows have their log-probs.
         callbacks, optimizers: as in ``transformers.Trainer``.
 
     Raises:
@@ -65,9 +69,6 @@ class NCATrainer(Trainer):
         trainer = NCATrainer(model, NCAConfig("out", loss="nca"), load_groups("train.jsonl").rows, processing_class=tokenizer)
         trainer.train()
     """
-
-    # compute_loss divides by the prompts of the whole accumulated batch.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -83,9 +84,18 @@ class NCATrainer(Trainer):
     ):
         if not isinstance(args, NCAConfig):
             raise TypeError(f"args: got {type(args).__name__}, wanted an NCAConfig")
-        model = _loaded(model, peft_config, args.seed)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"args: got {args.n_gpu} GPUs for one process, which transformers would run as nn.DataParallel; wanted one: use "
+                "accelerate launch, or CUDA_VISIBLE_DEVICES=0"
+            )
+        model = policy_of(model, peft_config, args.seed)
+        warn_of_losses(model, args.learning_rate)
+        if ref_model is not None:
+            check_reference(ref_model, model)
         with args.main_process_first(desc="rows"):
-            train_dataset = _each("train_dataset", train_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
+            if train_dataset is not None:
+                train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args)
             eval_dataset = _each("eval_dataset", eval_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
         self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
@@ -101,12 +111,16 @@ class NCATrainer(Trainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate shards no model on {args.device.type}, it would run as DistributedDataParallel")
-        self.model_accepts_loss_kwargs = False  # or Trainer counts the labels of every batch
+        # compute_loss divides by the prompts of the whole accumulated batch: without this, Trainer would divide once more.
+        # (transformers >= 5.23 has loss_is_scaled_for_ga for that alone, which spares it a count of the labels.)
+        self.model_accepts_loss_kwargs = True
         self.add_callback(PlotsCallback)
         self._train_metrics, self._eval_metrics = GroupMetrics(), GroupMetrics()
-        # A compiled model would be cut in two where the clock is read.
-        self._clock = None if args.torch_compile else LossClock(args.device)
+        # A compiled model would be cut in two where the clock is read; without logs its times would pile up.
+        unread = args.torch_compile or args.logging_strategy == IntervalStrategy.NO
+        self._clock = None if unread else LossClock(args.device)
         self._window_began: float | None = None
+        self._has_ref_model = ref_model is not None
         self._take_reference(ref_model)
 
     def _take_reference(self, ref_model: nn.Module | None) -> None:
@@ -115,16 +129,24 @@ class NCATrainer(Trainer):
         if needed and ref_model is None and self.args.reference == "model" and not isinstance(self.model, PeftModel):
             ref_model = copy.deepcopy(self.model)
         self._ref_model = None if ref_model is None else self._placed(ref_model.requires_grad_(False))
-        if self.is_fsdp_enabled and (needed or self.args.share_prompt):
-            self.model = self.model_wrapped = self._placed(self.model)
+        if needed or self.args.share_prompt:
+            self._shard_policy()
         if self.args.share_prompt:
             for rows in self._datasets():
                 longest = int(longest_sequences(rows).argmax())
                 check_layout(self.model, [rows[longest]], self._collator)
+        if needed:
+            self._try_policy()
         self.train_dataset = _each("train_dataset", self.train_dataset, self._with_ref_logps)
         self.eval_dataset = _each("eval_dataset", self.eval_dataset, self._with_ref_logps)
         if self.args.reference == "precompute":
             self._ref_model = None
+
+    def _try_policy(self) -> None:
+        """Log-probs of the shortest row: a model that has none, or LoRA on its head, is refused before the pass over all rows."""
+        rows = self._datasets()[0]
+        with evaluating(self.model), self.accelerator.autocast():
+            self._flat_logps(self.model, [rows[int(longest_sequences(rows).argmin())]])
 
     def _datasets(self) -> list[Dataset]:
         found: list[Dataset] = []
@@ -140,6 +162,11 @@ class NCATrainer(Trainer):
         model, _ = self.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
         return model
 
+    def _shard_policy(self) -> None:
+        """For a forward before training, in whose beginning Trainer would do it."""
+        if self.is_fsdp_enabled and not isinstance(self.model, (FSDPModule, FullyShardedDataParallel)):
+            self.model = self.model_wrapped = self._placed(self.model)
+
     def _with_ref_logps(self, name: str, rows: Dataset) -> Dataset:
         """The rows with the reference log-probs that they lack, if they are to be computed now."""
         args = self.args
@@ -149,8 +176,9 @@ class NCATrainer(Trainer):
         reference = self._reference(name)
         if args.reference == "model":
             return rows
-        key = cache_key(weights_digest(reference), lacking, args.mixed_precision)
-        with as_reference(reference), self.accelerator.autocast():
+        base = reference is self.model
+        key = cache_key(weights_digest(reference, base=base), lacking, args.mixed_precision)
+        with as_reference(reference, base=base), self.accelerator.autocast():
             ref_logps = reference_logps(
                 lacking,
                 lambda rows: self._flat_logps(reference, rows),
@@ -164,11 +192,15 @@ class NCATrainer(Trainer):
     def _reference(self, name: str) -> nn.Module:
         if self._ref_model is not None:
             return self._ref_model
-        if self.state.global_step > 0 and not isinstance(self.model, PeftModel):
+        peft = isinstance(self.model, PeftModel)
+        if self._has_ref_model or (self.state.global_step > 0 and not peft):
+            gone = "ref_model is no longer kept" if self._has_ref_model else "the model is no longer the reference"
             raise ValueError(
-                f"{name}: rows without ref_logps, and the model is no longer the reference; wanted them at the start of "
-                "NCATrainer, or with ref_logps"
+                f"{name}: rows without ref_logps, and {gone}; wanted them at the start of NCATrainer, or with ref_logps, or "
+                'reference="model"'
             )
+        if peft:
+            refuse_rewritten_base(self.model)
         return self.model
 
     def _flat_logps(self, model: nn.Module, rows: list[dict]) -> Tensor:
@@ -185,11 +217,19 @@ class NCATrainer(Trainer):
         if "ref_logps" in batch:
             return batch["ref_logps"]
         reference = self._reference("ref_logps")
-        with as_reference(reference), self.accelerator.autocast():
+        with as_reference(reference, base=reference is self.model), self.accelerator.autocast():
             return self._logps(reference, batch)
 
     def _per_token(self, logps: Tensor, batch: Batch) -> Tensor:
         return logps / batch["lengths"].clamp(min=1) if self.args.average else logps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
+        # the shards, for what it trains.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().create_optimizer(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -222,8 +262,13 @@ class NCATrainer(Trainer):
             batches[-1]["mask"][prompts[-1] :] = False
         return prompts
 
-    def _kto_baseline(self, batches: list[Batch]) -> Tensor:
-        """The policy's mean log-ratio on mismatched pairs, over the whole step: on all ranks, of all micro-batches."""
+    def _each_once(self, dataloader: DataLoader) -> Iterator[Batch]:
+        for batch in dataloader:
+            self._without_repeats([batch])
+            yield batch
+
+    def _kto_baseline(self, batches: Iterable[Batch]) -> Tensor:
+        """The policy's mean log-ratio on mismatched pairs, of all batches on all ranks: those of a step, or of an evaluation."""
         sums = torch.zeros(2, device=self.args.device)
         for batch in map(self._prepare_inputs, batches):
             pairs = batch["mismatched"]
@@ -286,6 +331,8 @@ class NCATrainer(Trainer):
         """Adds to the metrics, the loss among them: Trainer's own mean of batches would weigh prompts by their batch."""
         inputs = self._prepare_inputs(inputs)
         self._without_repeats([inputs])
+        if self.args.loss == "kto":
+            inputs["baseline"] = self._eval_baseline
         with torch.no_grad():
             self._group_loss(model, inputs)
         return None, None, None
@@ -297,16 +344,31 @@ class NCATrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """As in transformers; ``eval_dataset`` may be rows in any form that ``NCATrainer`` takes."""
-        if isinstance(eval_dataset, (Dataset, list)):
-            with self.args.main_process_first(desc="rows"):
-                eval_dataset = prepare_rows("eval_dataset", eval_dataset, self.processing_class, self.args)
-            eval_dataset = self._with_ref_logps("eval_dataset", eval_dataset)
+        named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
+        if not (eval_dataset is None or isinstance(eval_dataset, dict) or named):
+            eval_dataset = self._prepared("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def evaluation_loop(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> EvalLoopOutput:
+    def predict(
+        self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The metrics of :meth:`evaluate` alone: no ``predictions``."""
+        return super().predict(self._prepared("test_dataset", test_dataset), ignore_keys, metric_key_prefix)
+
+    def _prepared(self, name: str, rows: Rows) -> Dataset:
+        with self.args.main_process_first(desc="rows"):
+            rows = prepare_rows(name, rows, self.processing_class, self.args)
+        return self._with_ref_logps(name, rows)
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object
+    ) -> EvalLoopOutput:
         began = time.perf_counter()
         self._eval_metrics = GroupMetrics()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._shard_policy()
+        if self.args.loss == "kto":
+            self._eval_baseline = self._kto_baseline(self._each_once(dataloader))
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_metrics.read(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items() if name != "tokens"})
         if self._window_began is not None:
@@ -314,7 +376,7 @@ class NCATrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # of training steps
+        if "loss" in logs and self._window_began is not None:  # of training steps
             seconds = time.perf_counter() - self._window_began
             self._window_began = None
             means = self._train_metrics.read(self.accelerator)
@@ -323,19 +385,6 @@ class NCATrainer(Trainer):
                 logs["loss_time_share"] = self._clock.seconds() / seconds
             logs.update({name: value for name, value in means.items() if name != "loss"})
         super().log(logs, start_time)
-
-
-def _loaded(model: nn.Module | str | os.PathLike, peft_config: PeftConfig | None, seed: int) -> nn.Module:
-    if isinstance(model, (str, os.PathLike)):
-        model = load_model(os.fspath(model), dtype=torch.float32 if peft_config is None else "auto")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a causal LM, or a name or folder to load one from")
-    if peft_config is None:
-        return model
-    if isinstance(model, PeftModel):
-        raise ValueError("peft_config: model has an adapter already; wanted one or the other")
-    set_seed(seed)  # of the adapter's weights
-    return get_peft_model(model, peft_config)
 
 
 def _each(name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]) -> Rows | dict[str, Rows] | None:

@@ -1,0 +1,54 @@
+"""The models that a trainer is given: the policy, loaded and with its adapter, and a reference of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import set_seed
+
+from .heads import causal_lm
+from .pretrained import load_policy
+
+logger = logging.getLogger(__name__)
+
+
+def policy_of(model: nn.Module | str | os.PathLike, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+    """The model, loaded if it is a name, with a new adapter if there is a ``peft_config``."""
+    if isinstance(model, (str, os.PathLike)):
+        model = load_policy(os.fspath(model), adapter=peft_config is not None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a causal LM, or a name or folder to load one from")
+    if peft_config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: model has an adapter already; wanted one or the other")
+    set_seed(seed)  # of the adapter's weights
+    return get_peft_model(model, peft_config)
+
+
+def warn_of_losses(policy: nn.Module, learning_rate: float) -> None:
+    """What a run would lose in silence: small steps of low precision, and a term of the model's own loss."""
+    low = {str(p.dtype) for p in policy.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if low:
+        logger.warning(
+            "model: trains weights in %s, which round steps of %g away; wanted float32 (bf16=True computes in bfloat16 still)",
+            *(" and ".join(sorted(low)), learning_rate),
+        )
+    if getattr(causal_lm(policy).config.get_text_config(), "output_router_logits", False):
+        logger.warning("model: output_router_logits is set; the loss that balances its experts is no part of this one")
+
+
+def check_reference(ref_model: object, policy: nn.Module) -> None:
+    """TypeError, ValueError for what cannot be frozen beside the policy."""
+    if not isinstance(ref_model, nn.Module):
+        raise TypeError(f"ref_model: got {type(ref_model).__name__}, wanted a causal LM, loaded")
+    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in ref_model.parameters()):
+        raise ValueError(
+            "ref_model: has weights that are trained as model's; wanted a model of its own, or None for model as it is when "
+            "training starts"
+        )
