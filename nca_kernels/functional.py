@@ -282,12 +282,10 @@ def linear_sequence_logps(
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the active autocast dtype, if there is one; float64 stays, as in autocast's own matrix products."""
     first = tensors[0]
-    if not isinstance(first, Tensor):
+    # "meta" has no autocast to ask for.
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
         return tensors
-    kind = first.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
