@@ -100,7 +100,8 @@ def sequence_logps(
         float32 ``[N]`` (the leading shape without the last dimension), or ``[S]`` with ``cu_seqlens``.
 
     Raises:
-        As :func:`token_logps`; in a compiled graph ``RuntimeError`` for bounds that do not rise from 0 to ``M``.
+        As :func:`token_logps`; in a compiled graph ``RuntimeError`` for bounds that do not rise from 0 to ``M`` (not with
+        PyTorch 2.6, which drops the check).
 
     Source: the log pi(y|x) of Chen et al. 2024 (arXiv 2402.05369).
 
