@@ -148,8 +148,7 @@ def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward,
         )
     name = resolve("token_logps", backend, logits.device, logits.dtype, obstacle=layout_obstacle(logits))
     if name == "torch":
-        if not torch.compiler.is_compiling() and checks.are_read(labels):
-            checks.vocabulary(labels, ignore_index, logits.shape[-1])
+        _check_vocabulary(labels, ignore_index, logits.shape[-1])
         return reference.token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
     rows = _three_dimensional(logits)
     shape = rows.shape[:2]
@@ -157,6 +156,12 @@ def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward,
         rows, labels.reshape(shape).contiguous(), ignore_index, scale, softcap, inplace_backward, name
     )
     return logps.view(labels.shape)
+
+
+def _check_vocabulary(labels, ignore_index, V) -> None:
+    """What the operators of the kernels do themselves, for the backend that has no operator."""
+    if not torch.compiler.is_compiling() and checks.are_read(labels):
+        checks.vocabulary(labels, ignore_index, V)
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:
@@ -317,8 +322,7 @@ def _linear_token_logps(
     if name == "torch":
         if group:
             raise ValueError("tp_group: backend 'torch' has no vocabulary-parallel head; wanted None or another backend")
-        if not torch.compiler.is_compiling() and checks.are_read(labels):
-            checks.vocabulary(labels, ignore_index, len(weight))
+        _check_vocabulary(labels, ignore_index, len(weight))
         return reference.linear_token_logps(
             hidden, weight, labels, bias=bias, ignore_index=ignore_index, scale=scale, softcap=softcap
         )

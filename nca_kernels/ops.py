@@ -49,12 +49,15 @@ def _differentiable(op, inputs: int, setup_context, backward):
             return None, *backward(ctx, *doutputs)
 
     def derivative(*arguments):
+        return Derivative.apply(arguments[inputs:], *arguments[:inputs])
+
+    def dispatched(*arguments):
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 "torch.func.grad, vjp, jvp and what is made of them: the kernels of nca_kernels have torch.autograd's "
                 "gradients alone; call the function with backend='torch'"
             )
-        return Derivative.apply(arguments[inputs:], *arguments[:inputs])
+        return derivative(*arguments)
 
     def call(*arguments):
         # Compilers and function transforms must meet the operator above its derivative. Everything else meets it below, and
@@ -62,7 +65,7 @@ def _differentiable(op, inputs: int, setup_context, backward):
         above = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         return op(*arguments) if above else derivative(*arguments)
 
-    LIBRARY.impl(op, derivative, "Autograd")
+    LIBRARY.impl(op, dispatched, "Autograd")
     return call
 
 

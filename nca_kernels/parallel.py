@@ -31,9 +31,11 @@ def local_head(weight: Tensor, bias: Tensor | None, tp_group) -> tuple[Tensor, T
     A ``DTensor`` sharded on dim 0 over one mesh dimension names its own group.
     """
     if not hasattr(weight, "device_mesh"):  # importing DTensor to ask takes most of a second
-        if not isinstance(tp_group, (dist.ProcessGroup, type(None))):
+        if tp_group is None:
+            return weight, bias, ""
+        if not isinstance(tp_group, dist.ProcessGroup):
             raise TypeError(f"tp_group: got {type(tp_group).__name__}, wanted a process group of torch.distributed")
-        return weight, bias, "" if tp_group is None else tp_group.group_name
+        return weight, bias, tp_group.group_name
     mesh, placements = weight.device_mesh, tuple(weight.placements)
     if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise ValueError(

@@ -44,7 +44,7 @@ def prepare_rows(
     # Of a data set formatted for torch, rows would be tensors, which add where lists concatenate.
     rows = _table(name, rows) if isinstance(rows, list) else rows.with_format(None)
     if "prompt_ids" not in rows.column_names:
-        rows = _tokenized(name, rows, tokenizer, args)
+        rows = _loaded(name, rows, tokenizer, args)
     columns = COLUMNS if args.loss == "kto" else COLUMNS[:4]
     rows = rows.select_columns([column for column in columns if column in rows.column_names])
     _check(name, rows)
@@ -71,7 +71,7 @@ def _table(name: str, rows: list[dict]) -> Dataset:
     return concatenate_datasets(tables, axis=1)
 
 
-def _tokenized(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig) -> Dataset:
+def _loaded(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig) -> Dataset:
     if tokenizer is None:
         raise ValueError(
             f"processing_class: got None, wanted a tokenizer, since {name} has no prompt_ids (but {', '.join(rows.column_names)})"
@@ -82,8 +82,12 @@ def _tokenized(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | No
         raise ValueError(f"{name}: {error}") from error
     if groups.preference and args.alpha > 0 and args.loss in ("nca", "info_nca"):
         logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, args.alpha)
-    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-    return tokenize_groups(groups.rows, tokenizer, **limits).rows
+    return tokenized(groups.rows, tokenizer, args)
+
+
+def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: NCAConfig) -> Dataset:
+    """Rows of ``load_groups`` as ids, cut as ``args`` says."""
+    return tokenize_groups(rows, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length).rows
 
 
 def _check(name: str, rows: Dataset) -> None:

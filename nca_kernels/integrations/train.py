@@ -15,8 +15,8 @@ from ..dispatch import resolve
 from .config import NCAConfig
 from .data import Groups, load_groups
 from .pretrained import load_policy, load_tokenizer
+from .rows import tokenized
 from .run_config import Run, Sources
-from .tokens import tokenize_groups
 from .trainer import NCATrainer
 
 
@@ -56,9 +56,8 @@ def prepare(run: Run) -> NCATrainer:
     say(f"batch    {_batch(config)}")
     say(f"kernels  {_kernels(config, model.dtype)}")
     with config.main_process_first(desc="tokens"):
-        limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-        rows = tokenize_groups(train.rows, tokenizer, **limits).rows
-        heldout_rows = None if heldout is None else tokenize_groups(heldout.rows, tokenizer, **limits).rows
+        rows = tokenized(train.rows, tokenizer, config)
+        heldout_rows = None if heldout is None else tokenized(heldout.rows, tokenizer, config)
     trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer, peft_config=_lora(sources.lora))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")

@@ -120,6 +120,7 @@ class NCATrainer(Trainer):
         unread = args.torch_compile or args.logging_strategy == IntervalStrategy.NO
         self._clock = None if unread else LossClock(args.device)
         self._window_began: float | None = None
+        self._eval_baseline: Tensor | None = None
         self._has_ref_model = ref_model is not None
         self._take_reference(ref_model)
 
@@ -331,7 +332,7 @@ class NCATrainer(Trainer):
         """Adds to the metrics, the loss among them: Trainer's own mean of batches would weigh prompts by their batch."""
         inputs = self._prepare_inputs(inputs)
         self._without_repeats([inputs])
-        if self.args.loss == "kto":
+        if self._eval_baseline is not None:
             inputs["baseline"] = self._eval_baseline
         with torch.no_grad():
             self._group_loss(model, inputs)
@@ -369,6 +370,7 @@ class NCATrainer(Trainer):
         if self.args.loss == "kto":
             self._eval_baseline = self._kto_baseline(self._each_once(dataloader))
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._eval_baseline = None
         means = self._eval_metrics.read(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items() if name != "tokens"})
         if self._window_began is not None:

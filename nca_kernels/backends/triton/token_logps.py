@@ -28,7 +28,8 @@ _POINTERS = ["logits", "labels", "logps", "stats", "dlogps", "dlogits"]
 
 @triton.jit
 def _exp(x):
-    # The same instruction as tl.exp, without the three around it that keep results below 1e-38: a row's sum is at least 1.
+    # The same instruction as tl.exp, without the three around it that keep results below 1e-38; those become 0, which neither a
+    # sum of at least 1 nor a gradient beside it can tell.
     # The maximum has been subtracted before the product with 1 / log(2), so logits of 1e4 lose nothing.
     return tl.exp2(x * 1.4426950408889634)
 
