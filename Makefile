@@ -23,6 +23,7 @@ test: install
 	$(BIN)/python -m pytest --require-backend=cpu,triton,torch
 
 lint: install
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
 sanitize: install

@@ -80,7 +80,18 @@ class BuildKernels(build_ext):
         """Compile one C++ file to an object of its own name. Nobody reads errno, and expf without it is cheaper."""
         output = str(self.objects / f"{stem}.o")
         self.spawn(
-            [*COMPILER, "-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-Wall", *self.include, *flags, *CXXFLAGS, "-c"]
+            [
+                *COMPILER,
+                "-std=c++17",
+                "-O3",
+                "-fno-math-errno",
+                "-fPIC",
+                "-Wall",
+                *self.include,
+                *flags,
+                *CXXFLAGS,
+                "-c",
+            ]
             + [str(ROOT / "csrc" / source), "-o", output]
         )
         return output

@@ -22,9 +22,7 @@ def _cpu_reader():
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "read.so")
         source = Path(__file__).with_name("read.cpp")
-        subprocess.run(
-            ["g++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
-        )
+        subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
         function = ctypes.CDLL(str(library)).read_all
     function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     function.restype = ctypes.c_uint64

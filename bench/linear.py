@@ -114,7 +114,10 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
 
     def cross_entropy():
         return lambda tensors: F.cross_entropy(
-            F.linear(tensors["hidden"], tensors["weight"]), tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none"
+            F.linear(tensors["hidden"], tensors["weight"]),
+            tensors["labels"],
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
         )
 
     def linear_cross_entropy():
@@ -134,9 +137,7 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
             mask = labels != IGNORE_INDEX
             # As its trainer does: scored positions alone where it has Triton kernels, all of them elsewhere.
             if hidden.is_cuda:
-                scored = ChunkedLogProbFunction.apply(
-                    hidden[mask], weight, None, labels[mask], 1.0, TRL_CHUNK, None, 1.0, ()
-                )[0]
+                scored = ChunkedLogProbFunction.apply(hidden[mask], weight, None, labels[mask], 1.0, TRL_CHUNK, None, 1.0, ())[0]
                 return scored.new_zeros(mask.shape).masked_scatter(mask, scored)
             logps = ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, ())[0]
             return logps.masked_fill(~mask, 0.0)

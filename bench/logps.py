@@ -98,9 +98,7 @@ def implementations(device: str, dtype: torch.dtype, ignored: bool, backward: bo
         return lambda tensors: plain_logps(**tensors)
 
     def cross_entropy():
-        return lambda tensors: F.cross_entropy(
-            tensors["logits"], tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none"
-        )
+        return lambda tensors: F.cross_entropy(tensors["logits"], tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none")
 
     def torch_compile():
         function = compiled(plain_logps)

@@ -154,8 +154,7 @@ def _head(dtype: torch.dtype, trained: bool, sizes: tuple[int, int, int], device
 
     logps, truth = run(lambda h, w: _plain(F.linear(h, w), labels), torch.float64)
     ours = {
-        name: lambda h, w, f=function: f(h, w, labels)
-        for name, function in _ours(nca_kernels.linear_token_logps, device).items()
+        name: lambda h, w, f=function: f(h, w, labels) for name, function in _ours(nca_kernels.linear_token_logps, device).items()
     }
     peers = {name: lambda h, w, f=peer: f(F.linear(h, w), labels) for name, peer in PEERS.items()}
     row = {"dtype": _name(dtype), "head": "trained" if trained else "frozen"}

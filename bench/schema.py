@@ -147,7 +147,14 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
 
 def missing(suite: str, case: tuple, status: str) -> dict:
     """The row of a case that could not be set up."""
-    texts = {"suite": suite, "case": " ".join(map(str, case)), "pass": "", "dtype": "", "implementation": OURS, "status": status}
+    texts = {
+        "suite": suite,
+        "case": " ".join(map(str, case)),
+        "pass": "",
+        "dtype": "",
+        "implementation": OURS,
+        "status": status,
+    }
     return dict.fromkeys(ROW) | texts | {"samples": 0}
 
 

@@ -130,11 +130,17 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
         return call
 
     def nca_kernels(share_prompt=False):
-        from nca_kernels.integrations.config import NCAConfig
-        from nca_kernels.integrations.trainer import NCATrainer
+        from nca_kernels.integrations.training.config import NCAConfig
+        from nca_kernels.integrations.training.trainer import NCATrainer
 
         arguments = NCAConfig(
-            FOLDER, loss="nca", beta=BETA, alpha=0.0, share_prompt=share_prompt, use_cpu=device == "cpu", report_to="none"
+            FOLDER,
+            loss="nca",
+            beta=BETA,
+            alpha=0.0,
+            share_prompt=share_prompt,
+            use_cpu=device == "cpu",
+            report_to="none",
         )
         first = [{"prompt_ids": [2, 3], "response_ids": [[4], [5]], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]}]
         trainer = NCATrainer(model, arguments, first)

@@ -58,13 +58,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(arguments: argparse.Namespace) -> int | None:
     # Imported when it runs, here and below: it loads transformers, and the other commands and --help do without.
-    from .integrations.run_config import UsageError, read_run
+    from .integrations.commands.run_config import UsageError, read_run
 
     try:
         run = read_run(arguments.config, arguments.overrides)
     except UsageError as error:
         arguments.parser.error(str(error))
-    from .integrations.train import prepare, train
+    from .integrations.commands.train import prepare, train
 
     try:
         trainer = prepare(run)
@@ -92,7 +92,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> int | None:
-    from .integrations.score import score_file
+    from .integrations.commands.score import score_file
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
     try:

@@ -152,9 +152,7 @@ def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward,
         return reference.token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
     rows = _three_dimensional(logits)
     shape = rows.shape[:2]
-    logps, _stats = ops.token_logps(
-        rows, labels.reshape(shape).contiguous(), ignore_index, scale, softcap, inplace_backward, name
-    )
+    logps, _stats = ops.token_logps(rows, labels.reshape(shape).contiguous(), ignore_index, scale, softcap, inplace_backward, name)
     return logps.view(labels.shape)
 
 
@@ -312,9 +310,7 @@ def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens,
     _check_rows(labels, hidden, "hidden", shift, ignore_index, cu_seqlens)
 
 
-def _linear_token_logps(
-    hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend
-) -> Tensor:
+def _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend) -> Tensor:
     """:func:`linear_token_logps` after its checks of shapes, for labels already shifted."""
     scale = checks.positive("scale", scale)
     softcap = None if softcap is None else checks.positive("softcap", softcap)

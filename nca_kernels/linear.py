@@ -44,12 +44,8 @@ class Head:
         logps = torch.empty_like(labels, dtype=torch.float32)  # under the slice's own softmax: of no use
         self.kernels.token_logps_fwd(logits[None], labels[None], logps[None], out[:, None], **self._settings(columns))
 
-    def dlogits(
-        self, dlogps: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor
-    ) -> None:
-        self.kernels.token_logps_bwd(
-            dlogps[None], logits[None], labels[None], stats[:, None], out[None], **self._settings(columns)
-        )
+    def dlogits(self, dlogps: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor) -> None:
+        self.kernels.token_logps_bwd(dlogps[None], logits[None], labels[None], stats[:, None], out[None], **self._settings(columns))
 
     def _settings(self, columns: slice) -> dict[str, Any]:
         return {
@@ -225,9 +221,7 @@ class Tiling:
 # --- the passes ------------------------------------------------------------------------------------------------------
 
 
-def forward(
-    head: Head, hidden: Tensor, labels: Tensor, kept: Tensor, frozen: bool, group: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(head: Head, hidden: Tensor, labels: Tensor, kept: Tensor, frozen: bool, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """``logps [M]``, ``stats [3, M]`` and, for a ``frozen`` head, ``u = dlogp/dhidden [M, D]``, else an empty tensor.
 
     ``kept`` is flat room for logits, where as many columns as fit stay for :func:`backward` (:func:`room_to_keep`). With a
@@ -263,16 +257,21 @@ def forward(
     return scatter(logps, rows, everywhere), scatter(stats, rows, everywhere, dim=1), u
 
 
-def frozen_backward(
-    dlogps: Tensor, labels: Tensor, u: Tensor, ignore_index: int, dtype: torch.dtype, group: str
-) -> Tensor:
+def frozen_backward(dlogps: Tensor, labels: Tensor, u: Tensor, ignore_index: int, dtype: torch.dtype, group: str) -> Tensor:
     """``dhidden`` where the head is frozen: ``u``, each row scaled."""
     dhidden = u * dlogps.masked_fill(labels == ignore_index, 0.0)[:, None]
     return (parallel.all_reduce(dhidden, group) if group else dhidden).to(dtype)
 
 
 def backward(
-    head: Head, dlogps: Tensor, hidden: Tensor, labels: Tensor, stats: Tensor, kept: Tensor, needs: list[bool], group: str
+    head: Head,
+    dlogps: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dhidden``, ``dweight`` and ``dbias``, each empty unless ``needs`` says so, from logits kept or made again.
 

@@ -135,9 +135,7 @@ def _constant(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _check_lengths(name: str, value: object) -> None:
-    checks.tensor(
-        name, value, (torch.int64, torch.int32, *checks.FLOATING), "a tensor of token counts, integer or floating"
-    )
+    checks.tensor(name, value, (torch.int64, torch.int32, *checks.FLOATING), "a tensor of token counts, integer or floating")
 
 
 def _baseline(baseline, device, dtype) -> Tensor | None:
@@ -197,9 +195,7 @@ def info_nca_loss(
         >>> info_nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
         tensor(0.6931)
     """
-    return group_loss(
-        "info_nca", logps, ref_logps, scores, beta=beta, alpha=alpha, mask=mask, reduction=reduction, backend=backend
-    )
+    return group_loss("info_nca", logps, ref_logps, scores, beta=beta, alpha=alpha, mask=mask, reduction=reduction, backend=backend)
 
 
 def nca_loss(
@@ -227,9 +223,7 @@ def nca_loss(
         >>> nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
         tensor(1.3863)
     """
-    return group_loss(
-        "nca", logps, ref_logps, scores, beta=beta, alpha=alpha, mask=mask, reduction=reduction, backend=backend
-    )
+    return group_loss("nca", logps, ref_logps, scores, beta=beta, alpha=alpha, mask=mask, reduction=reduction, backend=backend)
 
 
 def dpo_loss(
@@ -254,9 +248,7 @@ def dpo_loss(
         >>> dpo_loss(torch.zeros(1, 2), torch.zeros(1, 2)).loss
         tensor(0.6931)
     """
-    return group_loss(
-        "dpo", logps, ref_logps, scores, beta=beta, mask=mask, pairs=pairs, reduction=reduction, backend=backend
-    )
+    return group_loss("dpo", logps, ref_logps, scores, beta=beta, mask=mask, pairs=pairs, reduction=reduction, backend=backend)
 
 
 def ipo_loss(

@@ -154,9 +154,7 @@ def _token_logps_backward(ctx, dlogps, _dstats):
 
 
 def _no_second_derivative(*_):
-    raise NotImplementedError(
-        "second derivatives: the kernels of nca_kernels have none; call the function with backend='torch'"
-    )
+    raise NotImplementedError("second derivatives: the kernels of nca_kernels have none; call the function with backend='torch'")
 
 
 token_logps = _differentiable(_token_logps, 1, _token_logps_setup, _token_logps_backward)
@@ -179,7 +177,19 @@ def _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, 
     "-> (Tensor logps, Tensor stats, Tensor u, Tensor kept)"
 )
 def _linear_token_logps(
-    hidden, weight, bias, labels, vocab_start, vocab_total, ignore_index, scale, softcap, save_budget, mode, group, backend
+    hidden,
+    weight,
+    bias,
+    labels,
+    vocab_start,
+    vocab_total,
+    ignore_index,
+    scale,
+    softcap,
+    save_budget,
+    mode,
+    group,
+    backend,
 ):
     if checks.are_read(labels):
         checks.vocabulary(labels, ignore_index, vocab_total)
@@ -196,7 +206,19 @@ def _kept_elements(hidden, weight, save_budget, mode) -> int:
 
 @torch.library.register_fake("nca_kernels::linear_token_logps", lib=LIBRARY)
 def _linear_token_logps_fake(
-    hidden, weight, bias, labels, vocab_start, vocab_total, ignore_index, scale, softcap, save_budget, mode, group, backend
+    hidden,
+    weight,
+    bias,
+    labels,
+    vocab_start,
+    vocab_total,
+    ignore_index,
+    scale,
+    softcap,
+    save_budget,
+    mode,
+    group,
+    backend,
 ):
     M, D = hidden.shape
     u = hidden.new_empty((M if mode == "frozen" else 0, D), dtype=torch.float32 if group else hidden.dtype)
@@ -210,7 +232,21 @@ def _linear_token_logps_fake(
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 def linear_token_logps_bwd(
-    dlogps, hidden, weight, bias, labels, stats, kept, needs, vocab_start, vocab_total, ignore_index, scale, softcap, group, backend
+    dlogps,
+    hidden,
+    weight,
+    bias,
+    labels,
+    stats,
+    kept,
+    needs,
+    vocab_start,
+    vocab_total,
+    ignore_index,
+    scale,
+    softcap,
+    group,
+    backend,
 ):
     head = _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend)
     return linear.backward(head, dlogps.contiguous(), hidden, labels, stats, kept, needs, group)
@@ -218,7 +254,21 @@ def linear_token_logps_bwd(
 
 @torch.library.register_fake("nca_kernels::linear_token_logps_bwd", lib=LIBRARY)
 def _linear_token_logps_bwd_fake(
-    dlogps, hidden, weight, bias, labels, stats, kept, needs, vocab_start, vocab_total, ignore_index, scale, softcap, group, backend
+    dlogps,
+    hidden,
+    weight,
+    bias,
+    labels,
+    stats,
+    kept,
+    needs,
+    vocab_start,
+    vocab_total,
+    ignore_index,
+    scale,
+    softcap,
+    group,
+    backend,
 ):
     shapes = (hidden.shape, weight.shape, (len(weight),))
     return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -276,9 +326,7 @@ linear_token_logps = _differentiable(_linear_token_logps, 3, _linear_setup, _lin
     "Tensor? baseline, str name, float beta, float alpha, str pairs, str reduction, str backend) "
     "-> (Tensor loss, Tensor rewards, Tensor dlogps)"
 )
-def _group_loss(
-    logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction, backend
-):
+def _group_loss(logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction, backend):
     loss, rewards, dlogps = _group_loss_results(logps, reduction)
     if logps.numel() == 0:  # nothing to launch; the mean over no prompt is 0, not 0 / 0
         return loss.zero_(), rewards, dlogps
@@ -295,9 +343,7 @@ def _group_loss_results(logps, reduction):
 
 
 @torch.library.register_fake("nca_kernels::group_loss", lib=LIBRARY)
-def _group_loss_fake(
-    logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction, backend
-):
+def _group_loss_fake(logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction, backend):
     return _group_loss_results(logps, reduction)
 
 

@@ -39,7 +39,11 @@ def same_bits_everywhere(tensor, ranks):
 def the_same_numbers_as_alone(rank, ranks, bounds):
     hidden, weight, bias, labels = problem()
     rows = slice(bounds[rank], bounds[rank + 1])
-    cases = [(bias, labels, {}), (bias, labels, {"scale": 0.5, "softcap": 3.0}), (bias, torch.full_like(labels, -100), {})]
+    cases = [
+        (bias, labels, {}),
+        (bias, labels, {"scale": 0.5, "softcap": 3.0}),
+        (bias, torch.full_like(labels, -100), {}),
+    ]
     if ranks > 1:  # the first rank holds nothing but padding
         padded = torch.where(torch.arange(V) < bounds[1], -torch.inf, bias)
         cases.append((padded, torch.where(labels == -100, labels, labels.clamp(min=bounds[1])), {}))

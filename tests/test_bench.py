@@ -106,7 +106,12 @@ def test_a_step_has_its_truth_row_by_row_and_leaves_its_model_as_it_was(monkeypa
     torch.manual_seed(0)
     model = step._model("tiny", torch.float32, "cpu")
     prompts, responses = torch.randint(50, (2, 5)), torch.randint(50, (2, 3, 4))
-    tensors = {"prompts": prompts, "responses": responses, "scores": torch.rand(2, 3), "ref_logps": -15 + torch.randn(2, 3)}
+    tensors = {
+        "prompts": prompts,
+        "responses": responses,
+        "scores": torch.rand(2, 3),
+        "ref_logps": -15 + torch.randn(2, 3),
+    }
     loss = step._loss(step._plain_logps(model, tensors), tensors)
     norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
     truth = step._truth(model, tensors)
@@ -124,7 +129,6 @@ def test_a_step_has_its_truth_row_by_row_and_leaves_its_model_as_it_was(monkeypa
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "nan"])
-
 def test_a_wrong_peer_is_called_wrong_and_not_timed(fault):
     problem, implementations = _problem()
     plain = implementations["plain"].build()
@@ -294,17 +298,29 @@ def test_plots_skip_what_has_no_times_and_tell_eight_peers_apart(tmp_path, figur
 def test_sanitizers_are_judged_by_reports_on_our_kernels_and_by_pytests_own_line(tmp_path, fault):
     report = "=========     at void token_logps_fwd_kernel<float, (bool)0>(TokenLogps)+0x1a0 in token_logps.cu:123"
     ends = {"failed": "1 failed, 7 passed in 4.20s", "interrupted": "!!! KeyboardInterrupt !!!\n8 passed in 4.20s"}
-    tool = ["========= COMPUTE-SANITIZER", ends.get(fault, "8 skipped in 4.20s" if fault == "none passed" else "8 passed in 4.20s")]
+    tool = [
+        "========= COMPUTE-SANITIZER",
+        ends.get(fault, "8 skipped in 4.20s" if fault == "none passed" else "8 passed in 4.20s"),
+    ]
     tool += [report] if fault == "report" else []
-    tool += ["========= ERROR SUMMARY: 0 errors", "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
+    tool += [
+        "========= ERROR SUMMARY: 0 errors",
+        "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+    ]
     # The interpreter builds nothing, and finds nothing missing.
-    for name, lines in (("python", ["[[ $1 != setup.py ]]"]), ("compute-sanitizer", [f"printf '%b\\n' '{line}'" for line in tool])):
+    for name, lines in (
+        ("python", ["[[ $1 != setup.py ]]"]),
+        ("compute-sanitizer", [f"printf '%b\\n' '{line}'" for line in tool]),
+    ):
         (tmp_path / name).write_text("\n".join(["#!/usr/bin/env bash", *lines]))
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
     script = Path(__file__).parent.parent / "bench" / "gpu.sh"
     done = subprocess.run(
-        ["bash", script, "--only", "sanitize", "--out", tmp_path / "out"], env=environment, capture_output=True, text=True
+        ["bash", script, "--only", "sanitize", "--out", tmp_path / "out"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     verdict = next(line for line in done.stdout.splitlines() if line.startswith("sanitize "))
     assert verdict.startswith("sanitize  ok" if fault is None else "sanitize  failed: exit code 3"), done.stdout

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from nca_kernels import cli, doctor, selfcheck
 from nca_kernels.backends import native
-from nca_kernels.integrations.run_config import read_run
+from nca_kernels.integrations.commands.run_config import read_run
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
 
@@ -106,11 +106,19 @@ def test_words_that_yaml_reads_as_truth_values():
 USAGE = {
     "unknown in the file": ({"betta": 1}, [], "run.yaml: unknown key 'betta'; the nearest known one is 'beta'"),
     "unknown on the line": ({}, ["--los", "nca"], "command line: unknown key 'los'; the nearest known one is 'loss'"),
-    "unknown of lora": ({"lora": {"ranks": 8}}, [], "run.yaml: lora: unknown key 'ranks'; the nearest known one is 'rank"),
+    "unknown of lora": (
+        {"lora": {"ranks": 8}},
+        [],
+        "run.yaml: lora: unknown key 'ranks'; the nearest known one is 'rank",
+    ),
     "text for a number": ({"beta": "high"}, [], "run.yaml: beta: got 'high' (str), wanted float"),
     "truth for a number": ({}, ["--beta", "true"], "command line: beta: got True (bool), wanted float"),
     "number for truth": ({}, ["--bf16", "1"], "command line: bf16: got 1 (int), wanted bool"),
-    "fraction for a count": ({}, ["--num_responses", "2.5"], "command line: num_responses: got 2.5 (float), wanted int | None"),
+    "fraction for a count": (
+        {},
+        ["--num_responses", "2.5"],
+        "command line: num_responses: got 2.5 (float), wanted int | None",
+    ),
     "truth for a name": ({"model": False}, [], "run.yaml: model: got False (bool), wanted str"),
     "number for a name": ({"model": 7}, [], "run.yaml: model: got 7 (int), wanted str"),
     "type in lora": ({"lora": {"r": "8"}}, [], "run.yaml: lora: r: got '8' (str), wanted int"),
@@ -161,7 +169,12 @@ def test_what_is_not_installed_is_named(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["score", "--model", "m"], ["score", "--model", "m", "--data", "d.jsonl", "--beta", "0"], ["doctor", "--fast"]],
+    [
+        ["train"],
+        ["score", "--model", "m"],
+        ["score", "--model", "m", "--data", "d.jsonl", "--beta", "0"],
+        ["doctor", "--fast"],
+    ],
 )
 def test_usage_of_the_commands(arguments, capsys):
     assert exits(arguments) == 2

@@ -7,9 +7,9 @@ import torch
 from architectures import VOCAB, tiny
 
 from nca_kernels import token_logps
-from nca_kernels.integrations import shared_prompt
-from nca_kernels.integrations.collator import LAYOUTS, GroupCollator, group_logps
-from nca_kernels.integrations.shared_prompt import check_layout, model_inputs, tree_mask
+from nca_kernels.integrations.data import shared_prompt
+from nca_kernels.integrations.data.collator import LAYOUTS, GroupCollator, group_logps
+from nca_kernels.integrations.data.shared_prompt import check_layout, model_inputs, tree_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

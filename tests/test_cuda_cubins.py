@@ -87,7 +87,8 @@ def test_every_kernel_fits_into_registers(compiled):
     assert returncode == 0, report
     assert "warning" not in report
     frames = re.findall(
-        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        report,
     )
     assert sorted(kernel_name(symbol) for symbol, *_ in frames) == sorted(STEMS[stem])
     for symbol, *local_bytes in frames:

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nca_kernels.integrations.data import load_groups
-from nca_kernels.integrations.tokens import tokenize_groups, truncate
+from nca_kernels.integrations.data.load import load_groups
+from nca_kernels.integrations.data.tokenize import tokenize_groups, truncate
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +139,14 @@ BAD = {
     "empty prompt": ({**PLAIN, "prompt": ""}, "column prompt: empty text"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "column prompt: missing"),
     "no rejected": ({"prompt": "q", "chosen": "a"}, "column rejected: missing"),
-    "not the assistant": ({**reward_layout(1), "A0": [user("q"), user("a")]}, "column A0: the last message is of role 'user'"),
-    "two prompts": ({**reward_layout(2), "A1": [user("r"), assistant("a")]}, "column A1: the messages before the response"),
+    "not the assistant": (
+        {**reward_layout(1), "A0": [user("q"), user("a")]},
+        "column A0: the last message is of role 'user'",
+    ),
+    "two prompts": (
+        {**reward_layout(2), "A1": [user("r"), assistant("a")]},
+        "column A1: the messages before the response",
+    ),
     "no messages": ({**reward_layout(2), "A1": 7}, "column A1: got int, wanted text or messages"),
     "an image": ({**PLAIN, "images": ["q.png"]}, "column images: an image, wanted text alone"),
     "unknown layout": ({"question": "q", "answer": "a"}, "column question, answer: unknown layout; wanted prompt"),

@@ -60,7 +60,17 @@ def test_a_named_backend_that_cannot_run_raises_with_every_reason(default_dispat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: no backend is missing")
 def test_a_skip_of_a_required_backend_is_a_failure():
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_token_logps.py", "-k", "ignore_index and cuda"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_token_logps.py",
+        "-k",
+        "ignore_index and cuda",
+    ]
     run = subprocess.run([*command, "--require-backend=triton,cuda"], cwd=here, capture_output=True, text=True)
     assert run.returncode == 1 and "backend cuda is required and cannot run" in run.stdout, run.stdout
 
@@ -79,6 +89,7 @@ def test_explain(default_dispatch):
 def test_importing_loads_nothing_heavy():
     code = (
         "import sys, nca_kernels; "
+        "import nca_kernels.integrations as hf; assert 'NCATrainer' in dir(hf); "
         "print([m for m in ('triton', 'transformers', 'nca_kernels._cpu', 'nca_kernels._cuda') if m in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -103,18 +114,25 @@ LAYERS = [
     "dispatch",
     "backends",
 ]
+# The rooms of ``integrations``, by the same rule.
+ROOMS = ["commands", "training", "reference", "data", "models"]
 
 
 def _imports(path):
     """The package's own modules that a file imports, as their first name below the package."""
-    depth = len(path.relative_to(PACKAGE).parts)
+    yield from _imported(path, PACKAGE, "nca_kernels")
+
+
+def _imported(path, folder, package):
+    """The first names below ``package``, which lies in ``folder``, of what a file imports from it."""
+    depth = len(path.relative_to(folder).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
             yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("nca_kernels"):
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith(package):
             yield (node.module.split(".") + [alias.name for alias in node.names])[1]
         elif isinstance(node, ast.Import):
-            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("nca_kernels.")]
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith(f"{package}.")]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -128,3 +146,20 @@ def test_imports_run_downwards(path):
         assert not imported & set(above), f"{path} imports a layer above its own"
     if layer == "backends":
         assert not imported & {"reference"}, "a kernel must not be able to pass against itself"
+
+
+ROOM_FILES = sorted(path for room in ROOMS for path in (PACKAGE / "integrations" / room).glob("*.py"))
+
+
+def test_every_file_of_integrations_is_in_a_room():
+    assert [path.name for path in (PACKAGE / "integrations").glob("*.py")] == ["__init__.py"]
+    assert sorted(
+        path.name for path in (PACKAGE / "integrations").iterdir() if path.is_dir() and path.name != "__pycache__"
+    ) == sorted(ROOMS)
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(PACKAGE / "integrations")))
+def test_rooms_import_downwards(path):
+    above = ROOMS[: ROOMS.index(path.parent.name)]
+    imported = set(_imported(path, PACKAGE / "integrations", "nca_kernels.integrations"))
+    assert not imported & set(above), f"{path} imports a room above its own"

@@ -22,9 +22,10 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from nca_kernels import cli
-from nca_kernels.integrations import rows, trainer
-from nca_kernels.integrations.config import NCAConfig
-from nca_kernels.integrations.run_config import Sources
+from nca_kernels.integrations.commands.run_config import Sources
+from nca_kernels.integrations.data import rows
+from nca_kernels.integrations.training import trainer
+from nca_kernels.integrations.training.config import NCAConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
 
@@ -139,8 +140,14 @@ def test_failed_runs_say_why_in_one_line(user, capsys, monkeypatch):
         (["--data", "gone.jsonl"], "gone.jsonl: no such file"),
         (["--model", "./gone"], "'./gone' is no folder or hub name that loads"),
         (["--eval_data", "null"], "eval_dataset"),
-        (["--model_init_kwargs", "{dtype: bf17}"], "model_init_kwargs: got {'dtype': 'bf17'}, with which the model does not load"),
-        (["--model_init_kwargs", "{dtypo: x}"], "model_init_kwargs: got {'dtypo': 'x'}, with which the model does not load"),
+        (
+            ["--model_init_kwargs", "{dtype: bf17}"],
+            "model_init_kwargs: got {'dtype': 'bf17'}, with which the model does not load",
+        ),
+        (
+            ["--model_init_kwargs", "{dtypo: x}"],
+            "model_init_kwargs: got {'dtypo': 'x'}, with which the model does not load",
+        ),
         (["--lora", "{target_modules: [lm_head]}"], "If that is LoRA on the head, leave it out of target_modules"),
     ):
         assert cli.main(["train", "run.yaml", "--output_dir", "failed", *words]) == 1, words

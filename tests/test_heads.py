@@ -9,8 +9,8 @@ from architectures import ARCHITECTURES, VOCAB, batch, tiny
 from oracle import assert_no_worse, plain_token_logps
 from torch import nn
 
-from nca_kernels.integrations import heads, post_head
-from nca_kernels.integrations.heads import logps_for_logits, model_logps
+from nca_kernels.integrations.models import heads, post_head
+from nca_kernels.integrations.models.heads import logps_for_logits, model_logps
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -353,7 +353,12 @@ def test_mismatch_names_both_numbers(monkeypatch):
 
 def test_several_predicting_heads_are_refused():
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "decoder_ffn_dim": 48, "ngram": 2, "is_encoder_decoder": False}
-    sizes |= {"num_decoder_layers": 2, "num_decoder_attention_heads": 4, "max_position_embeddings": 64, "is_decoder": True}
+    sizes |= {
+        "num_decoder_layers": 2,
+        "num_decoder_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "is_decoder": True,
+    }
     prophetnet = pytest.importorskip("transformers.models.prophetnet", reason="transformers without ProphetNet")
     model = prophetnet.ProphetNetForCausalLM(prophetnet.ProphetNetConfig(**sizes, add_cross_attention=False)).eval()
     with pytest.raises(ValueError, match="model: "):

@@ -5,7 +5,7 @@ import torch
 from architectures import batch, tiny
 from test_heads import assert_same, own_logps
 
-from nca_kernels.integrations.heads import model_logps
+from nca_kernels.integrations.models.heads import model_logps
 
 pytestmark = [
     pytest.mark.usefixtures("default_dispatch"),

@@ -8,7 +8,7 @@ import torch
 from architectures import batch, tiny
 from test_heads import own_logps, values_and_grads
 
-from nca_kernels.integrations.heads import model_logps
+from nca_kernels.integrations.models.heads import model_logps
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
 

@@ -93,9 +93,7 @@ def test_compiles_packed_sequences(target):
     bounds = torch.tensor([0, 2, 6], device=target.device)
 
     def loss(logits):
-        return nca_kernels.sequence_logps(
-            logits.view(6, 65), labels.view(6), shift=1, cu_seqlens=bounds, backend=target.name
-        )
+        return nca_kernels.sequence_logps(logits.view(6, 65), labels.view(6), shift=1, cu_seqlens=bounds, backend=target.name)
 
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(loss, fullgraph=True)(logits), loss(logits), rtol=1e-6)

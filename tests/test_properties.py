@@ -45,7 +45,9 @@ def test_token_logps(kernels, case):
     def run(values, backend, device="cpu"):
         where = labels.to(device)
         return value_and_grad(
-            lambda x: nca_kernels.token_logps(x, where, backend=backend, **options), values.to(device), upstream.to(device)
+            lambda x: nca_kernels.token_logps(x, where, backend=backend, **options),
+            values.to(device),
+            upstream.to(device),
         )
 
     truth = run(logits.double(), "torch")

@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 from test_data import tokenizer
 from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
 
-from nca_kernels.integrations import reference_logps as module
-from nca_kernels.integrations.reference_logps import cache_key, reference_logps, weights_digest
-from nca_kernels.integrations.trainer import NCATrainer
+from nca_kernels.integrations.reference import cache as module
+from nca_kernels.integrations.reference.cache import cache_key, reference_logps, weights_digest
+from nca_kernels.integrations.training.trainer import NCATrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -113,8 +113,14 @@ def test_an_adapter_of_a_reference_is_part_of_it():
 
 
 def test_lists_of_a_fixed_size():
-    rows = [{"prompt_ids": [3, 4], "response_ids": [[5, 6], [7, 8]]}, {"prompt_ids": [3, 4], "response_ids": [[5, 6], [7, 9]]}]
-    fixed = {"prompt_ids": List(Value("int64"), length=2), "response_ids": List(List(Value("int64"), length=2), length=2)}
+    rows = [
+        {"prompt_ids": [3, 4], "response_ids": [[5, 6], [7, 8]]},
+        {"prompt_ids": [3, 4], "response_ids": [[5, 6], [7, 9]]},
+    ]
+    fixed = {
+        "prompt_ids": List(Value("int64"), length=2),
+        "response_ids": List(List(Value("int64"), length=2), length=2),
+    }
     plain, same = Dataset.from_list(rows), Dataset.from_list(rows, Features(fixed))
     assert cache_key("", same, "no") == cache_key("", plain, "no")
     assert cache_key("", same.select([1]), "no") == cache_key("", plain.select([1]), "no") != cache_key("", plain.select([0]), "no")

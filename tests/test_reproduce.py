@@ -93,7 +93,10 @@ def test_a_run_is_a_function_of_its_settings(quick):
 
 def test_a_record_is_small_and_its_own_summary(quick):
     for record in records(quick[0]).values():
-        levels, rewards = TASKS[record["settings"]["task"]].levels, np.array([int(digit) for digit in record["rewards"]])
+        levels, rewards = (
+            TASKS[record["settings"]["task"]].levels,
+            np.array([int(digit) for digit in record["rewards"]]),
+        )
         assert record["reward"] == pytest.approx(rewards.mean() / levels, abs=1e-5)
         assert len(rewards) == record["settings"]["size"]["tested" if record["settings"]["split"] == "test" else "validated"]
         assert len(json.dumps(record)) < 2000

@@ -179,9 +179,7 @@ def test_odd_label_offsets(target):
     store = torch.randint(50, (41,), device=target.device)
     logits = torch.randn(4, 10, 50, device=target.device)
     wanted = nca_kernels.token_logps(logits, store[1:].clone().view(4, 10), backend="torch")
-    assert torch.allclose(
-        nca_kernels.token_logps(logits, store[1:].view(4, 10), backend=target.name), wanted, rtol=1e-6, atol=1e-6
-    )
+    assert torch.allclose(nca_kernels.token_logps(logits, store[1:].view(4, 10), backend=target.name), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_shift_scores_the_next_token_of_the_same_sequence(target):
@@ -238,9 +236,7 @@ def test_packed_sequences_equal_separate_ones(target, bounds_dtype):
     for shape in ((12,), (1, 12)):
         for average in (False, True):
             options = {"shift": 1, "average": average, "backend": target.name}
-            packed = nca_kernels.sequence_logps(
-                logits.view(*shape, 30), labels.view(shape), cu_seqlens=bounds, **options
-            )
+            packed = nca_kernels.sequence_logps(logits.view(*shape, 30), labels.view(shape), cu_seqlens=bounds, **options)
             apart = [
                 nca_kernels.sequence_logps(x[None], y[None], **options)[0]
                 for x, y in zip(logits.split(lengths), labels.split(lengths), strict=True)
@@ -268,9 +264,7 @@ def test_inplace_backward_writes_into_the_logits(kernels, dtype):
     labels = torch.randint(700, (2, 4), device=kernels.device)
     labels[0, 3] = -100
     upstream = torch.randn(2, 4, device=kernels.device)
-    _, wanted = value_and_grad(
-        lambda x: nca_kernels.token_logps(x[:, :-1], labels, backend=kernels.name), store, upstream
-    )
+    _, wanted = value_and_grad(lambda x: nca_kernels.token_logps(x[:, :-1], labels, backend=kernels.name), store, upstream)
     leaf = store.clone().requires_grad_()
     logits = leaf * 1  # what a model's head would have computed
     logps = nca_kernels.token_logps(logits[:, :-1], labels, inplace_backward=True, backend=kernels.name)

@@ -12,7 +12,7 @@ from training import assert_same_weights, config, logged, make_rows, plain_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from nca_kernels import reference
-from nca_kernels.integrations.trainer import NCATrainer
+from nca_kernels.integrations.training.trainer import NCATrainer
 from nca_kernels.losses import LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -83,9 +83,7 @@ def test_accumulation(loss, tmp_path):
     rows = make_rows(11)
     once = trained(tmp_path, rows, loss=loss)
     for size in (2, 1):
-        parts = trained(
-            tmp_path, rows, loss=loss, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
-        )
+        parts = trained(tmp_path, rows, loss=loss, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
         assert parts.state.global_step == once.state.global_step == 3
         assert logged(parts, "loss") == pytest.approx(logged(once, "loss"), rel=1e-5)
         assert_same_weights(weights(parts), weights(once), tiny("llama").state_dict(), rtol=2e-3)
@@ -112,7 +110,14 @@ def test_share_prompt_is_checked_at_the_start(tmp_path):
 def test_it_learns(loss, tmp_path):
     """The order of the rewards becomes that of the scores, by each loss."""
     rows = make_rows(6)
-    options = {"num_train_epochs": 10, "optim": "adamw_torch", "learning_rate": 5e-3, "beta": 0.3, "alpha": 0.2, "pairs": "all"}
+    options = {
+        "num_train_epochs": 10,
+        "optim": "adamw_torch",
+        "learning_rate": 5e-3,
+        "beta": 0.3,
+        "alpha": 0.2,
+        "pairs": "all",
+    }
     trainer = trained(tmp_path, rows, loss=loss, **options)
     losses = logged(trainer, "loss")
     assert sum(losses[-2:]) < sum(losses[:2])
@@ -225,7 +230,11 @@ def test_what_a_run_would_lose_in_silence(tmp_path, caplog):
     """Small steps of low precision, and the loss that balances experts; not where there is nothing to lose."""
     scored = with_ref_logps(make_rows(4), tiny("llama"))
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    for model, keywords in ((tiny("llama"), {}), (tiny("llama").bfloat16(), {"peft_config": lora}), (tiny("mixtral"), {})):
+    for model, keywords in (
+        (tiny("llama"), {}),
+        (tiny("llama").bfloat16(), {"peft_config": lora}),
+        (tiny("mixtral"), {}),
+    ):
         NCATrainer(model, config(tmp_path), scored, **keywords)
     assert not caplog.records
     NCATrainer(tiny("llama").bfloat16(), config(tmp_path, learning_rate=5e-6), scored)
@@ -297,7 +306,10 @@ def test_plots(tmp_path):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: got dispatch_batches True, wanted False"),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "accelerator_config: got dispatch_batches True, wanted False",
+        ),
     ],
 )
 def test_errors_of_the_config(options, message, tmp_path):
@@ -321,8 +333,14 @@ ROW = {"prompt_ids": [3], "response_ids": [[4], [5]], "scores": [1.0, 0.0]}
         ([{**ROW, "prompt_ids": []}], "train_dataset: row 1, column prompt_ids: no tokens"),
         ([{"prompt_ids": [3]}], "train_dataset: got the columns prompt_ids, wanted response_ids, scores as well"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "processing_class: got None"),
-        ([ROW, {**ROW, "scores": ["high", "low"]}], "train_dataset: column scores: .*; wanted one kind of values in all rows"),
-        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "train_dataset: column prompt: .*; wanted one kind"),
+        (
+            [ROW, {**ROW, "scores": ["high", "low"]}],
+            "train_dataset: column scores: .*; wanted one kind of values in all rows",
+        ),
+        (
+            [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}],
+            "train_dataset: column prompt: .*; wanted one kind",
+        ),
         ([{"question": "a", "answer": "b"}], "train_dataset: got the columns question, answer; wanted prompt"),
     ],
 )

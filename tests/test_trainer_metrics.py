@@ -10,9 +10,9 @@ from torch import nn
 from training import config, logged, make_rows
 from transformers import TrainerCallback
 
-from nca_kernels.integrations import clock, trainer
-from nca_kernels.integrations.clock import LossClock
-from nca_kernels.integrations.metrics import GroupMetrics
+from nca_kernels.integrations.training import clock, trainer
+from nca_kernels.integrations.training.clock import LossClock
+from nca_kernels.integrations.training.metrics import GroupMetrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

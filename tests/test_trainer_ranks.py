@@ -37,9 +37,7 @@ def ranks(request, tmp_path_factory):
     environment |= {**address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, str(WORKER), str(folder), ",".join(request.param)]
     workers = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=-1, stderr=-2, text=True
-        )
+        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=-1, stderr=-2, text=True)
         for rank in range(2)
     ]
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
@@ -61,4 +59,7 @@ def test_same_as_one_process(ranks, tmp_path):
             # Not at the first step, where the rewards are the rounding of zeros.
             names = ["loss"] if log.get("step") == 1 else [n for n in log if n.removeprefix("eval_") in METRICS]
             assert names
-            assert [log[n] for n in names] == pytest.approx([wanted[n] for n in names], rel=2e-3, abs=1e-5), (case, names)
+            assert [log[n] for n in names] == pytest.approx([wanted[n] for n in names], rel=2e-3, abs=1e-5), (
+                case,
+                names,
+            )

@@ -73,9 +73,7 @@ def _compile(case):
             specialised += [] if param.do_not_specialize else [param.name]
         elif _version(triton) >= (3, 3):
             signature[param.name] = "constexpr"
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options
-    )
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -10,7 +10,7 @@ from architectures import tiny
 from peft import LoraConfig
 from training import config, make_rows, trained, weights, with_ref_logps
 
-from nca_kernels.integrations.trainer import NCATrainer
+from nca_kernels.integrations.training.trainer import NCATrainer
 
 
 def fsdp_on_the_cpu():
@@ -71,7 +71,12 @@ def run(case, folder, processes):
     metrics = trainer.evaluate()
     state = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in weights(trainer).items()}
     rows = trainer.train_dataset.to_list()
-    return {"weights": state, "log": [log for log in trainer.state.log_history if "loss" in log], "eval": metrics, "rows": rows}
+    return {
+        "weights": state,
+        "log": [log for log in trainer.state.log_history if "loss" in log],
+        "eval": metrics,
+        "rows": rows,
+    }
 
 
 def refused_on_a_cpu(folder):

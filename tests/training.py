@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from architectures import VOCAB, tiny
 
-from nca_kernels.integrations.collator import GroupCollator, group_logps
-from nca_kernels.integrations.config import NCAConfig
-from nca_kernels.integrations.heads import model_logps
-from nca_kernels.integrations.plots import PlotsCallback
-from nca_kernels.integrations.trainer import NCATrainer
+from nca_kernels.integrations.data.collator import GroupCollator, group_logps
+from nca_kernels.integrations.models.heads import model_logps
+from nca_kernels.integrations.training.config import NCAConfig
+from nca_kernels.integrations.training.plots import PlotsCallback
+from nca_kernels.integrations.training.trainer import NCATrainer
 
 
 def make_rows(n, *, ragged=True, seed=0):

@@ -43,9 +43,7 @@ class NativeBackend:
             return str(error)
         return ""
 
-    def unsupported(
-        self, op: str, device: torch.device, dtype: torch.dtype | None = None, loss: str | None = None
-    ) -> list[str]:
+    def unsupported(self, op: str, device: torch.device, dtype: torch.dtype | None = None, loss: str | None = None) -> list[str]:
         reasons = []
         if device.type != self.NAME:
             reasons.append(f"runs on {self.NAME} tensors, not on {device.type}")
@@ -71,7 +69,19 @@ class NativeBackend:
         return torch.get_num_threads(), 0, 0
 
     def _token_logps(
-        self, kernel, logits, labels, logps, stats, dlogps, dlogits, ignore_index, scale, softcap, vocab_start, vocab_total
+        self,
+        kernel,
+        logits,
+        labels,
+        logps,
+        stats,
+        dlogps,
+        dlogits,
+        ignore_index,
+        scale,
+        softcap,
+        vocab_start,
+        vocab_total,
     ) -> None:
         N, T, V = logits.shape
         out = logits if dlogits is None else dlogits
@@ -83,9 +93,7 @@ class NativeBackend:
         if bad_row >= 0:
             raise checks.illegal_label(labels, bad_row, ignore_index, vocab_total)
 
-    def token_logps_fwd(
-        self, logits, labels, logps, stats, *, ignore_index, scale, softcap, vocab_start, vocab_total
-    ) -> None:
+    def token_logps_fwd(self, logits, labels, logps, stats, *, ignore_index, scale, softcap, vocab_start, vocab_total) -> None:
         self._token_logps(
             self._module.token_logps_fwd, logits, labels, logps, stats, None, None,
             ignore_index, scale, softcap, vocab_start, vocab_total,

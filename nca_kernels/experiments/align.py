@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from nca_kernels import token_logps
 
-from ..integrations.collator import group_logps
-from ..integrations.config import NCAConfig
-from ..integrations.plots import PlotsCallback
-from ..integrations.trainer import NCATrainer
+from ..integrations.data.collator import group_logps
+from ..integrations.training.config import NCAConfig
+from ..integrations.training.plots import PlotsCallback
+from ..integrations.training.trainer import NCATrainer
 from .toy import Preferences, response_logps
 
 

@@ -139,7 +139,17 @@ def _table3(outcomes: Outcomes) -> str:
             gains = (paired(getattr(outcome, how)(), getattr(supervised, how)()) for how in ("rewards", "greedy"))
             changes = [*gains, spread(outcome.moved("chosen"), 2, "+")]
         rows.append([name, *outcome.parameters(), spread(outcome.rewards()), spread(outcome.greedy()), *changes])
-    columns = ["", "K", "beta", "alpha", "lr", "accuracy, sampled", "likeliest", "sampled less SFT's", "likeliest less SFT's"]
+    columns = [
+        "",
+        "K",
+        "beta",
+        "alpha",
+        "lr",
+        "accuracy, sampled",
+        "likeliest",
+        "sampled less SFT's",
+        "likeliest less SFT's",
+    ]
     return markdown(" | ".join([*columns, "chosen log-prob, change"]), rows)
 
 

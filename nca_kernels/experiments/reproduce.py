@@ -66,8 +66,7 @@ def compare(contenders: list[Contender], folder: Path, scale: Scale) -> Outcomes
         }
         tested = _do(tests, folder, bar)
     return {
-        contender.name: Outcome(contender, method, searched[contender], tested[contender])
-        for contender, method in tuned.items()
+        contender.name: Outcome(contender, method, searched[contender], tested[contender]) for contender, method in tuned.items()
     }
 
 

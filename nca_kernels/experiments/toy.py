@@ -46,9 +46,7 @@ def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def teach(
-    model: LlamaForCausalLM, task: Task, problems: Tensor, *, batch_size: int, target: float, progress: bool
-) -> list[float]:
+def teach(model: LlamaForCausalLM, task: Task, problems: Tensor, *, batch_size: int, target: float, progress: bool) -> list[float]:
     """Supervised fine-tuning on the right answers, each seen once, until the loss per token is down to ``target``.
 
     Returns the losses. The loss falls steeply once the carry is understood, and when that is differs with the data's
@@ -81,9 +79,7 @@ def sequences(prompts: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(
-    model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, generator: torch.Generator | None
-) -> Tensor:
+def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, generator: torch.Generator | None) -> Tensor:
     """K responses a prompt of ``length`` tokens, drawn at temperature 1, or the likeliest tokens if there is no generator.
 
     [n, K, length]. The prompt is computed once.
@@ -124,7 +120,7 @@ class Preferences:
         return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
 
     def rows(self) -> list[dict]:
-        """As :class:`~nca_kernels.integrations.trainer.NCATrainer` takes them."""
+        """As :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them."""
         start = int((self.labels[0, 0] == IGNORED).sum())
         columns = self.tokens[:, 0, :start], self.tokens[..., start:], self.scores, self.ref_logps
         names = "prompt_ids", "response_ids", "scores", "ref_logps"
@@ -144,9 +140,7 @@ def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path
     return torch.cat(logps).view(labels.shape[:2])
 
 
-def collect(
-    model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator, path: str
-) -> Preferences:
+def collect(model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator, path: str) -> Preferences:
     """K rewarded samples of ``model``, the reference, for each problem; without problems whose samples all score alike."""
     responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
     scores = task.rewards(problems, responses)

@@ -53,7 +53,11 @@ class _BadRow(Exception):
 
 
 def load_groups(
-    source: str | os.PathLike | Dataset, *, split: str = "train", skip_bad_rows: bool = False, scores_required: bool = True
+    source: str | os.PathLike | Dataset,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    scores_required: bool = True,
 ) -> Groups:
     r"""Reward or preference data in any of its layouts, checked row by row.
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .. import linear_token_logps
+from ... import linear_token_logps
 from .head_layer import HeadLayer
 from .post_head import PostHead, inspect, logits_of
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from .config import NCAConfig
-from .data import LAYOUTS, is_used, load_groups
-from .tokens import tokenize_groups
+from .load import LAYOUTS, is_used, load_groups
+from .tokenize import tokenize_groups
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +22,27 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("prompt_ids", "response_ids", "scores", "ref_logps", "mismatched_ids", "mismatched_ref_logps")
 
 
-def prepare_rows(
-    name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig
-) -> Dataset:
-    r"""Rows as :class:`~nca_kernels.integrations.trainer.NCATrainer` takes them, to rows of ``COLUMNS``.
+class RowOptions(NamedTuple):
+    """How rows are prepared; each is a key of :class:`~nca_kernels.integrations.training.config.NCAConfig`."""
+
+    loss: str = "nca"
+    alpha: float = 1.0
+    num_responses: int | None = None
+    max_length: int | None = 1024
+    max_prompt_length: int | None = None
+    skip_bad_rows: bool = False
+    seed: int = 42
+
+
+def prepare_rows(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
+    r"""Rows as :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them, to rows of ``COLUMNS``.
 
     Args:
         name: what errors call them.
-        rows: in any layout of :func:`~nca_kernels.integrations.data.load_groups`, or tokenized already (``prompt_ids``,
+        rows: in any layout of :func:`~nca_kernels.integrations.data.load.load_groups`, or tokenized already (``prompt_ids``,
             ``response_ids`` and ``scores``, as of ``tokenize_groups``); then also with ``ref_logps``, one for each response.
         tokenizer: for rows that are not tokenized.
-        args: ``max_length``, ``max_prompt_length``, ``skip_bad_rows``, ``num_responses``, ``seed``; whether ``loss`` is "kto".
+        options: see :class:`RowOptions`.
 
     Raises:
         TypeError, ValueError: no such rows, by ``name``, row (counted from 1) and column.
@@ -44,14 +54,14 @@ def prepare_rows(
     # Of a data set formatted for torch, rows would be tensors, which add where lists concatenate.
     rows = _table(name, rows) if isinstance(rows, list) else rows.with_format(None)
     if "prompt_ids" not in rows.column_names:
-        rows = _loaded(name, rows, tokenizer, args)
-    columns = COLUMNS if args.loss == "kto" else COLUMNS[:4]
+        rows = _loaded(name, rows, tokenizer, options)
+    columns = COLUMNS if options.loss == "kto" else COLUMNS[:4]
     rows = rows.select_columns([column for column in columns if column in rows.column_names])
     _check(name, rows)
-    if args.num_responses is not None:
-        choice = {"K": args.num_responses, "seed": args.seed}
+    if options.num_responses is not None:
+        choice = {"K": options.num_responses, "seed": options.seed}
         rows = rows.map(_chosen, with_indices=True, fn_kwargs=choice, desc="Choosing responses")
-    if args.loss == "kto" and "mismatched_ids" not in rows.column_names:
+    if options.loss == "kto" and "mismatched_ids" not in rows.column_names:
         rows = _with_mismatched(name, rows)
     return rows
 
@@ -71,23 +81,23 @@ def _table(name: str, rows: list[dict]) -> Dataset:
     return concatenate_datasets(tables, axis=1)
 
 
-def _loaded(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: NCAConfig) -> Dataset:
+def _loaded(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
     if tokenizer is None:
         raise ValueError(
             f"processing_class: got None, wanted a tokenizer, since {name} has no prompt_ids (but {', '.join(rows.column_names)})"
         )
     try:
-        groups = load_groups(rows, skip_bad_rows=args.skip_bad_rows)
+        groups = load_groups(rows, skip_bad_rows=options.skip_bad_rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if groups.preference and args.alpha > 0 and args.loss in ("nca", "info_nca"):
-        logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, args.alpha)
-    return tokenized(groups.rows, tokenizer, args)
+    if groups.preference and options.alpha > 0 and options.loss in ("nca", "info_nca"):
+        logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, options.alpha)
+    return tokenized(groups.rows, tokenizer, options)
 
 
-def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: NCAConfig) -> Dataset:
-    """Rows of ``load_groups`` as ids, cut as ``args`` says."""
-    return tokenize_groups(rows, tokenizer, max_length=args.max_length, max_prompt_length=args.max_prompt_length).rows
+def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Dataset:
+    """Rows of ``load_groups`` as ids, cut as ``options`` says."""
+    return tokenize_groups(rows, tokenizer, max_length=options.max_length, max_prompt_length=options.max_prompt_length).rows
 
 
 def _check(name: str, rows: Dataset) -> None:

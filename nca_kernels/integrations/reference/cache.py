@@ -21,13 +21,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from .heads import causal_lm
-from .rows import arrow_batches, longest_sequences, response_counts
+from ..data.rows import arrow_batches, longest_sequences, response_counts
+from ..models.heads import causal_lm
 
 # Prompts between two files of an unfinished pass: what a killed run loses at most.
 PART = 512
 # What a model's config says of where it lies and how it is run, not of what it computes.
-_NOT_THE_MODEL = {"_name_or_path", "transformers_version", "use_cache", "dtype", "base_model_name_or_path", "inference_mode"}
+_NOT_THE_MODEL = {
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "dtype",
+    "base_model_name_or_path",
+    "inference_mode",
+}
 
 
 def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
@@ -141,9 +148,7 @@ def _computed(
     return flat
 
 
-def _shared(
-    rows: Dataset, batches: list[list[int]], logps: Callable[[list[dict]], Tensor], accelerator: Accelerator
-) -> Tensor:
+def _shared(rows: Dataset, batches: list[list[int]], logps: Callable[[list[dict]], Tensor], accelerator: Accelerator) -> Tensor:
     """The log-probs of all batches, each rank computing its share."""
     mine = {}
     for turn in range(0, len(batches), accelerator.num_processes):

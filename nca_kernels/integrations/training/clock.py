@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .heads import causal_lm
+from ..models.heads import causal_lm
 
 
 class LossClock:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from ..models.evaluating import evaluating
+from ..models.heads import causal_lm, model_logps
 from .collator import IGNORE_INDEX, GroupCollator
-from .heads import causal_lm, model_logps
-from .reference import evaluating
 
 Mask = Tensor | BlockMask
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
 from peft import PeftModel
 from torch import nn
+
+from ..models.evaluating import evaluating
 
 # Initializations of LoRA that take out of the base what they put into the adapter.
 _REWRITE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,16 +30,3 @@ def refuse_rewritten_base(model: PeftModel) -> None:
                 f"init_lora_weights: got {how!r}, which changes the weights of the base, so that it is not the reference; wanted "
                 "another, or a ref_model, or rows with ref_logps"
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; every module is in its own mode again after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from .config import NCAConfig
+from ..training.config import NCAConfig
 
 
 class UsageError(Exception):
@@ -24,7 +24,7 @@ class Sources:
 
     Args:
         model: a folder or a name on the hub.
-        data: what :func:`~nca_kernels.integrations.data.load_groups` takes; ``split`` of a folder or a hub name.
+        data: what :func:`~nca_kernels.integrations.data.load.load_groups` takes; ``split`` of a folder or a hub name.
         eval_data: the same, to evaluate on at the end and by ``eval_strategy``; ``eval_split`` of it.
         tokenizer: a folder or a name on the hub; ``None`` for the model's own.
         model_init_kwargs: keywords of ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision``, ...).
@@ -58,8 +58,8 @@ class _Given(NamedTuple):
 def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
     r"""The run that a YAML file and ``--key value`` or ``--key=value`` words describe.
 
-    The keys are those of :class:`Sources` and of :class:`~nca_kernels.integrations.config.NCAConfig`. Values on the command
-    line are written as in YAML; what is no value of the wanted type that way is taken as the text it is.
+    The keys are those of :class:`Sources` and of :class:`~nca_kernels.integrations.NCAConfig`. Values on the command line are
+    written as in YAML; what is no value of the wanted type that way is taken as the text it is.
 
     Raises:
         UsageError: an unknown key, with the nearest known one; a value of a wrong type or out of range; a missing key.

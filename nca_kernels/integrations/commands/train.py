@@ -11,13 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..dispatch import resolve
-from .config import NCAConfig
-from .data import Groups, load_groups
-from .pretrained import load_policy, load_tokenizer
-from .rows import tokenized
+from ...dispatch import resolve
+from ..data.load import Groups, load_groups
+from ..data.rows import tokenized
+from ..models.pretrained import load_policy, load_tokenizer
+from ..training.config import NCAConfig
+from ..training.trainer import NCATrainer
 from .run_config import Run, Sources
-from .trainer import NCATrainer
 
 
 def prepare(run: Run) -> NCATrainer:
@@ -56,8 +56,8 @@ def prepare(run: Run) -> NCATrainer:
     say(f"batch    {_batch(config)}")
     say(f"kernels  {_kernels(config, model.dtype)}")
     with config.main_process_first(desc="tokens"):
-        rows = tokenized(train.rows, tokenizer, config)
-        heldout_rows = None if heldout is None else tokenized(heldout.rows, tokenizer, config)
+        rows = tokenized(train.rows, tokenizer, config.row_options())
+        heldout_rows = None if heldout is None else tokenized(heldout.rows, tokenizer, config.row_options())
     trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer, peft_config=_lora(sources.lora))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")
@@ -129,8 +129,7 @@ def _batch(config: NCAConfig) -> str:
         config.world_size,
     )
     return (
-        f"{device * accumulated * processes} prompts a step: {device} at a time, accumulation {accumulated}, "
-        f"processes {processes}"
+        f"{device * accumulated * processes} prompts a step: {device} at a time, accumulation {accumulated}, processes {processes}"
     )
 
 

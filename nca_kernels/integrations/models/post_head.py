@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import linear_token_logps
+from ... import linear_token_logps
 from .head_layer import Compute, HeadLayer
 
 _LINEAR = 2.0**-8  # far below any softcap in use

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import one_of
-from ..segments import sequence_sums
+from ...checks import one_of
+from ...segments import sequence_sums
 
 LAYOUTS = ("padded", "packed", "share_prompt")
 IGNORE_INDEX = -100
@@ -33,7 +33,7 @@ class GroupCollator:
         pad_token_id: fills up rows; any id, it is never attended to nor scored.
         layout: ``"padded"``: one row a response. ``"packed"``: all of them in one row, for models that keep sequences apart
             by ``position_ids``. ``"share_prompt"``: one row a prompt, which holds the prompt once and its responses side by
-            side (:mod:`~nca_kernels.integrations.shared_prompt`).
+            side (:mod:`~nca_kernels.integrations.data.shared_prompt`).
 
     A batch of B prompts, at most K responses each, S in all, holds:
 
@@ -78,7 +78,11 @@ class GroupCollator:
                 if segment.scored:
                     starts.append(n * shape[1] + start)
         # A response's sum may run on to the next one's first token: all between them is unscored, a zero.
-        batch = {"input_ids": input_ids, "labels": labels, "cu_seqlens": torch.tensor([0, *starts[1:], input_ids.numel()])}
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "cu_seqlens": torch.tensor([0, *starts[1:], input_ids.numel()]),
+        }
         if self.layout == "padded":
             return {**batch, "attention_mask": (branches >= 0).long()}
         if self.layout == "packed":

@@ -1,4 +1,4 @@
-"""What a run of :class:`~nca_kernels.integrations.trainer.NCATrainer` is told."""
+"""What a run of :class:`~nca_kernels.integrations.training.trainer.NCATrainer` is told."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .. import checks
-from ..losses import LOSSES
+from ... import checks
+from ...losses import LOSSES
+from ..data.rows import RowOptions
 
 REFERENCES = ("precompute", "model")
 
@@ -31,10 +32,10 @@ class NCAConfig(TrainingArguments):
         num_responses: how many of each prompt's responses are kept, >= 2; ``None`` for all. Kept are a best-scored one, one
             scored below it, then others at random, drawn by ``seed`` once for the whole run.
         average: log-probs and reference log-probs are averages over a response's tokens, not sums.
-        share_prompt: compute each prompt once for all its responses (:mod:`~nca_kernels.integrations.shared_prompt`); compared
+        share_prompt: compute each prompt once for all its responses (:mod:`~nca_kernels.integrations.data.shared_prompt`); compared
             with separate rows on the model itself before the first step.
         max_length, max_prompt_length: in tokens, for rows not yet tokenized
-            (:func:`~nca_kernels.integrations.tokens.tokenize_groups`).
+            (:func:`~nca_kernels.integrations.data.tokenize.tokenize_groups`).
         skip_bad_rows: leave out rows that cannot be used, and say which, in place of raising.
         reference: ``"precompute"``: the reference log-probs are computed once, into a cache on disk that later runs use.
             ``"model"``: at every step, by the base under PEFT, or by a frozen copy of the model.
@@ -97,3 +98,7 @@ class NCAConfig(TrainingArguments):
             raise ValueError("accelerator_config: got dispatch_batches True, wanted False: ragged batches cannot be dealt out")
         if self.reference_cache_dir is None:
             self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "_reference_cache"))
+
+    def row_options(self) -> RowOptions:
+        """The keys that say how rows are prepared."""
+        return RowOptions(**{name: getattr(self, name) for name in RowOptions._fields})

@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from ..reference import score_pairs
-from .collator import GroupCollator, group_logps
-from .data import load_groups
-from .heads import model_logps
-from .pretrained import load_model, load_tokenizer
-from .tokens import tokenize_groups
+from ...reference import score_pairs
+from ..data.collator import GroupCollator, group_logps
+from ..data.load import load_groups
+from ..data.tokenize import tokenize_groups
+from ..models.heads import model_logps
+from ..models.pretrained import load_model, load_tokenizer
 
 Rows = list[list[float]]  # a number for each response of each prompt
 
@@ -37,7 +37,7 @@ def score_file(
 
     Args:
         model, ref_model: folders or names on the hub, each with its tokenizer.
-        data: a JSONL file that :func:`~nca_kernels.integrations.data.load_groups` takes; scores may be missing.
+        data: a JSONL file that :func:`~nca_kernels.integrations.data.load.load_groups` takes; scores may be missing.
         batch_size: prompts at a time.
 
     Raises:

@@ -18,19 +18,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
-from .. import group_loss
+from ... import group_loss
+from ..data.collator import GroupCollator, group_logps
+from ..data.mismatched import MismatchedCollator
+from ..data.rows import longest_sequences, prepare_rows, unscored, with_ref_logps
+from ..data.shared_prompt import check_layout, model_inputs
+from ..models.evaluating import evaluating
+from ..models.heads import model_logps
+from ..reference.cache import cache_key, reference_logps, weights_digest
+from ..reference.frozen import as_reference, refuse_rewritten_base
 from .clock import LossClock
-from .collator import GroupCollator, group_logps
 from .config import NCAConfig
-from .heads import model_logps
-from .kto import MismatchedCollator
 from .metrics import GroupMetrics
 from .plots import PlotsCallback
 from .policy import check_reference, policy_of, warn_of_losses
-from .reference import as_reference, evaluating, refuse_rewritten_base
-from .reference_logps import cache_key, reference_logps, weights_digest
-from .rows import longest_sequences, prepare_rows, unscored, with_ref_logps
-from .shared_prompt import check_layout, model_inputs
 
 Rows = Dataset | list[dict]
 Batch = dict[str, Tensor]
@@ -39,17 +40,16 @@ Batch = dict[str, Tensor]
 class NCATrainer(Trainer):
     r"""Aligns a causal LM with scored responses, by any loss of :func:`nca_kernels.group_loss`.
 
-    The log-probs of policy and reference go through :func:`~nca_kernels.integrations.heads.model_logps`: no logits. The loss of
-    a step is the mean over all prompts of its accumulated batch on all ranks, each counted once, whatever the number of their
-    responses and the size of the last batch. Metrics: :class:`~nca_kernels.integrations.metrics.GroupMetrics`, with
+    The log-probs of policy and reference go through :func:`~nca_kernels.integrations.model_logps`: no logits. The loss of a step is the mean over all prompts of its accumulated batch on all ranks, each counted once, whatever the number of their
+    responses and the size of the last batch. Metrics: :class:`~nca_kernels.integrations.training.metrics.GroupMetrics`, with
     ``tokens_per_second`` (without padding, evaluations left out) and ``loss_time_share``
-    (:class:`~nca_kernels.integrations.clock.LossClock`). After training their curves lie in ``<output_dir>/plots``.
+    (:class:`~nca_kernels.integrations.training.clock.LossClock`). After training their curves lie in ``<output_dir>/plots``.
 
     Args:
         model: a transformers causal LM (inside PEFT, or not), or what ``from_pretrained`` takes: then in float32, since steps of
             5e-6 are lost in bfloat16 weights; with ``peft_config`` in the dtype that it was saved in. A model that is loaded
             keeps its own; trained in bfloat16, it gives a warning.
-        args: see :class:`~nca_kernels.integrations.config.NCAConfig`.
+        args: see :class:`~nca_kernels.integrations.training.config.NCAConfig`.
         train_dataset: rows of a prompt, K responses and their scores: in any layout of ``load_groups``, or of
             ``tokenize_groups``. ``ref_logps`` in the latter (summed over tokens) are taken as they are.
         eval_dataset: the same, or a mapping of names to such.
@@ -358,7 +358,7 @@ class NCATrainer(Trainer):
 
     def _prepared(self, name: str, rows: Rows) -> Dataset:
         with self.args.main_process_first(desc="rows"):
-            rows = prepare_rows(name, rows, self.processing_class, self.args)
+            rows = prepare_rows(name, rows, self.processing_class, self.args.row_options())
         return self._with_ref_logps(name, rows)
 
     def evaluation_loop(

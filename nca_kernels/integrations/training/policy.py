@@ -10,8 +10,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
 
-from .heads import causal_lm
-from .pretrained import load_policy
+from ..models.heads import causal_lm
+from ..models.pretrained import load_policy
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The commands of ``nca-kernels`` that need Hugging Face packages."""

@@ -1,0 +1,1 @@
+"""K-way alignment as a transformers ``Trainer``."""
