@@ -40,10 +40,12 @@ Batch = dict[str, Tensor]
 class NCATrainer(Trainer):
     r"""Aligns a causal LM with scored responses, by any loss of :func:`nca_kernels.group_loss`.
 
-    The log-probs of policy and reference go through :func:`~nca_kernels.integrations.model_logps`: no logits. The loss of a step is the mean over all prompts of its accumulated batch on all ranks, each counted once, whatever the number of their
-    responses and the size of the last batch. Metrics: :class:`~nca_kernels.integrations.training.metrics.GroupMetrics`, with
-    ``tokens_per_second`` (without padding, evaluations left out) and ``loss_time_share``
-    (:class:`~nca_kernels.integrations.training.clock.LossClock`). After training their curves lie in ``<output_dir>/plots``.
+    The log-probs of policy and reference go through :func:`~nca_kernels.integrations.model_logps`: no logits. The loss of a
+    step is the mean over all prompts of its accumulated batch on all ranks, each counted once, whatever the number of their
+    responses and the size of the last batch. Metrics: :class:`~nca_kernels.integrations.training.metrics.GroupMetrics`,
+    with ``tokens_per_second`` (without padding, evaluations left out) and ``loss_time_share``
+    (:class:`~nca_kernels.integrations.training.clock.LossClock`). After training their curves lie in
+    ``<output_dir>/plots``.
 
     Args:
         model: a transformers causal LM (inside PEFT, or not), or what ``from_pretrained`` takes: then in float32, since steps of
