@@ -2,13 +2,8 @@
 
 from ._version import __version__
 from .dispatch import explain
-from .functional import (
-    linear_sequence_logps,
-    linear_token_logps,
-    selective_log_softmax,
-    sequence_logps,
-    token_logps,
-)
+from .functional import selective_log_softmax, sequence_logps, token_logps
+from .linear_functional import linear_sequence_logps, linear_token_logps
 from .losses import GroupLoss, dpo_loss, group_loss, info_nca_loss, ipo_loss, kto_loss, nca_loss
 
 __all__ = [

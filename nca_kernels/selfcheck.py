@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .functional import linear_token_logps, token_logps
+from .functional import token_logps
+from .linear_functional import linear_token_logps
 from .losses import LOSSES, group_loss
 
 # Of the largest number. Rounding alone came to 6e-7 at most in float32, and to 5e-3 in bfloat16, of logits and gradients.

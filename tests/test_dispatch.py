@@ -103,6 +103,7 @@ LAYERS = [
     "selfcheck",
     "experiments",
     "integrations",
+    "linear_functional",
     "functional",
     "losses",
     "segments",

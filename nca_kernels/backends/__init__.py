@@ -5,6 +5,6 @@ Each offers ``NAME``, ``unsupported(op, device, dtype, loss) -> list of reasons`
 ``torch``, has no kernels: the public functions call :mod:`nca_kernels.reference` for it.
 """
 
-from . import native, plain, triton
+from . import native, pytorch, triton
 
-BACKENDS = {backend.NAME: backend for backend in (triton, native.cuda, native.cpu, plain)}
+BACKENDS = {backend.NAME: backend for backend in (triton, native.cuda, native.cpu, pytorch)}
