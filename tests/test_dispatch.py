@@ -114,6 +114,8 @@ LAYERS = [
     "parallel",
     "dispatch",
     "backends",
+    "checks",
+    "_compat",
 ]
 # The rooms of ``integrations``, by the same rule.
 ROOMS = ["commands", "training", "reference", "data", "models"]

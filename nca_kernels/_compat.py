@@ -1,0 +1,106 @@
+"""Every private name of Python, PyTorch, accelerate and transformers that the package uses: one function each.
+
+A release of theirs may drop such a name. Then one function of this file changes, and ``tests/test_compat.py``, which calls
+each of them, says which. A docstring says what the name is for and, after "Without it", what breaks.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+
+def run_exit_functions() -> None:
+    """Run what was registered with ``atexit``, before an exit by ``os._exit``, which skips it.
+
+    Without it, processes over gloo leave temporary files and unflushed logs behind.
+    """
+    atexit._run_exitfuncs()
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Operators called inside go to their kernels, past the autograd key.
+
+    Without it, an operator called from the forward of its own ``autograd.Function`` calls itself without end.
+    """
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def function_transforms_active() -> bool:
+    """Whether ``torch.func.grad``, ``vmap`` or another function transform is running.
+
+    Without it, function transforms get silently wrong derivatives, not an error.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def constant_in_graphs(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` does, without importing the compiler, and with it Triton.
+
+    Without it, ``torch.compile`` traces into ``function`` and breaks the graph there.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether the tensor has a shape but no values, as in a graph that is being traced.
+
+    Without it, checks read values that are not there.
+    """
+    return isinstance(tensor, FakeTensor)
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Raise ``RuntimeError`` where a compiled graph finds ``condition`` false; no sync on a GPU.
+
+    Without it, a compiled function does not check the values of its inputs.
+    """
+    torch._assert_async(condition, message)
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """The process group of this name. Operators take a name, since their schemas have no type for a group.
+
+    Without it, the linear functions do not run with a vocabulary-parallel head.
+    """
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called.
+
+    Without it, the compiler traces into the hooks of a compiled model's head and breaks its graph there.
+    """
+    return module._compiled_call_impl is not None
+
+
+def forward_attribute(module: nn.Module) -> str:
+    """The attribute that holds a layer's own forward.
+
+    accelerate puts the moves between devices into ``forward`` and keeps the layer's own as ``_old_forward``. Without it, the
+    head of an offloaded model computes with weights that are not on its device.
+    """
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def attention_implementation(config: object) -> str:
+    """The attention that a transformers model runs: "eager", "sdpa", "flex_attention" or another.
+
+    Without it, nothing says which kind of mask the model takes.
+    """
+    return config._attn_implementation  # type: ignore[attr-defined]
+
+
+def is_stateful(model: nn.Module) -> bool:
+    """Whether a transformers model carries a state from token to token.
+
+    Without it, a state-space model is not refused by name where responses share a prompt.
+    """
+    return getattr(model, "_is_stateful", False)
