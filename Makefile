@@ -25,6 +25,7 @@ test: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 sanitize: install
 	$(BIN)/python tests/sanitize.py
