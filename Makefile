@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint sanitize clean
+.PHONY: install demo test lint sanitize dist clean
 
 # Reinstalled when the pins or the sources of the extension change.
 install: $(VENV)/.installed
@@ -30,5 +30,10 @@ lint: install
 sanitize: install
 	$(BIN)/python tests/sanitize.py
 
+# The source distribution and a manylinux wheel: built, checked, and a call from each in a fresh environment.
+dist: install
+	$(BIN)/pip install --quiet -r requirements-dist.txt
+	$(BIN)/python tests/dist.py
+
 clean:
-	rm -rf build out *.egg-info nca_kernels/*.so $(VENV)/.installed
+	rm -rf build dist out *.egg-info nca_kernels/*.so $(VENV)/.installed

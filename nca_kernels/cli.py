@@ -7,12 +7,29 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ._version import __version__
+
 _HF = "pip install 'nca_kernels[hf]'"
-_HF_MODULES = ("transformers", "accelerate", "datasets", "peft", "safetensors", "matplotlib", "tqdm", "yaml")
+_HF_MODULES = (
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "peft",
+    "pyarrow",
+    "safetensors",
+    "tqdm",
+    "transformers",
+    "xxhash",
+    "yaml",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nca-kernels", description="Align language models with scored responses.")
+    parser.add_argument("--version", action="version", version=f"nca_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add_command in (_add_train, _add_score, _add_doctor, _add_demo, _add_reproduce):
         add_command(commands)
