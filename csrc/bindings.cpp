@@ -1,52 +1,73 @@
-// pybind11 and nothing else: integers and addresses in, the kernels' structs made of them, so that a call is one crossing.
+// The extension's functions. A kernel takes keyword arguments alone, one for each field of its two structs in nca.h.
 // Compiled once for each extension module: NCA_MODULE is _cpu or _cuda, NCA_DEVICE the namespace it binds.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <exception>
+#include <stdexcept>
+
+#include "keywords.h"
 #include "nca.h"
 
 namespace py = pybind11;
-using std::int64_t;
-using std::uintptr_t;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// Both arguments of a kernel in one, so that one table names the fields of both.
+struct TokenLogps : nca::TokenLogps, nca::Launch {};
+struct GroupLoss : nca::GroupLoss, nca::Launch {};
+
+#define F(field) NCA_FIELD(TokenLogps, field)
+constexpr nca::Field<TokenLogps> kTokenLogps[] = {
+    F(logits), F(dtype), F(N), F(T), F(V), F(stride_n), F(stride_t), F(labels), F(ignore_index), F(scale), F(softcap),
+    F(vocab_start), F(vocab_total), F(logps), F(stats), F(stat_rows), F(dlogps), F(dlse), F(dentropy), F(dlogits),
+    F(dstride_n), F(dstride_t), F(threads), F(device), F(stream)};
+#undef F
+#define F(field) NCA_FIELD(GroupLoss, field)
+constexpr nca::Field<GroupLoss> kGroupLoss[] = {
+    F(name), F(pairs), F(reduction), F(B), F(K), F(logps), F(ref_logps), F(scores), F(mask), F(lengths), F(desirable),
+    F(baseline), F(beta), F(alpha), F(loss), F(rewards), F(dlogps), F(threads), F(device), F(stream)};
+#undef F
+
+// A Python function that fills a struct from its keyword arguments and runs a kernel on it.
+template <class Struct, const auto& fields, auto kernel>
+PyObject* run(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* names) {
+  Struct arguments{};
+  if (!nca::fill(arguments, fields, values, positional, names)) return nullptr;
+  try {
+    std::int64_t result;
+    {
+      const py::gil_scoped_release others_may_run;  // a kernel touches no Python object
+      result = kernel(arguments, arguments);
+    }
+    return PyLong_FromLongLong(result);
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
-template <auto kernel>
-int64_t token_logps(uintptr_t logits, int dtype, int64_t N, int64_t T, int64_t V, int64_t stride_n, int64_t stride_t,
-                    uintptr_t labels, int64_t ignore_index, float scale, float softcap, int64_t vocab_start,
-                    int64_t vocab_total, uintptr_t logps, uintptr_t stats, uintptr_t dlogps, uintptr_t dlogits,
-                    int64_t dstride_n, int64_t dstride_t, int threads, int device, uintptr_t stream) {
-  return kernel(nca::TokenLogps{at<const void>(logits), static_cast<nca::DType>(dtype), N, T, V, stride_n, stride_t,
-                                at<const int64_t>(labels), ignore_index, scale, softcap, vocab_start, vocab_total,
-                                at<float>(logps), at<float>(stats), at<const float>(dlogps), at<void>(dlogits),
-                                dstride_n, dstride_t},
-                nca::Launch{threads, device, stream});
+template <class Struct, const auto& fields, auto kernel>
+void define(py::module_& m, const char* name) {
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&run<Struct, fields, kernel>));
+  auto* const method = new PyMethodDef{name, function, METH_FASTCALL | METH_KEYWORDS, nullptr};  // lives as long as the module
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_NewEx(method, nullptr, nullptr));
 }
 
-void group_loss(int name, int pairs, int reduction, int64_t B, int64_t K, uintptr_t logps, uintptr_t ref_logps,
-                uintptr_t scores, uintptr_t mask, uintptr_t lengths, uintptr_t desirable, uintptr_t baseline, float beta,
-                float alpha, uintptr_t loss, uintptr_t rewards, uintptr_t dlogps, int threads, int device,
-                uintptr_t stream) {
-  nca::NCA_DEVICE::group_loss_fwd(
-      nca::GroupLoss{static_cast<nca::Loss>(name), static_cast<nca::Pairs>(pairs), static_cast<nca::Reduction>(reduction),
-                     B, K, at<const float>(logps), at<const float>(ref_logps), at<const float>(scores),
-                     at<const bool>(mask), at<const float>(lengths), at<const bool>(desirable), at<const float>(baseline),
-                     beta, alpha, at<float>(loss), at<float>(rewards), at<float>(dlogps)},
-      nca::Launch{threads, device, stream});
+std::int64_t group_loss_fwd(const nca::GroupLoss& arguments, const nca::Launch& launch) {
+  nca::NCA_DEVICE::group_loss_fwd(arguments, launch);
+  return -1;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(NCA_MODULE, m) {
-  // The kernels touch no Python object, so other Python threads may run meanwhile.
   using nogil = py::call_guard<py::gil_scoped_release>;
   m.def("unusable", &nca::NCA_DEVICE::unusable, nogil());
   m.def("instruction_set", &nca::NCA_DEVICE::instruction_set, nogil());
-  m.def("token_logps_fwd", &token_logps<&nca::NCA_DEVICE::token_logps_fwd>, nogil());
-  m.def("token_logps_bwd", &token_logps<&nca::NCA_DEVICE::token_logps_bwd>, nogil());
-  m.def("group_loss_fwd", &group_loss, nogil());
+  define<TokenLogps, kTokenLogps, nca::NCA_DEVICE::token_logps_fwd>(m, "token_logps_fwd");
+  define<TokenLogps, kTokenLogps, nca::NCA_DEVICE::token_logps_bwd>(m, "token_logps_bwd");
+  define<GroupLoss, kGroupLoss, group_loss_fwd>(m, "group_loss_fwd");
 }

@@ -22,16 +22,21 @@ struct TokenLogps {
   std::int64_t N, T, V;
   std::int64_t stride_n, stride_t;  // in elements
   const std::int64_t* labels;   // [N, T] contiguous
-  std::int64_t ignore_index;    // rows with this label are not read: logp 0, stats (0, 1, 0), gradient 0
+  std::int64_t ignore_index;    // rows with this label are not read: logp 0, stats (0, 1, 0, 0), gradient 0
   float scale;
   float softcap;                // 0: none
   // The columns at hand are [vocab_start, vocab_start + V) of a vocabulary of vocab_total (vocabulary-parallel heads).
   // A label in [0, vocab_total) that another slice holds is legal: its target is 0 here, and no column is its onehot.
   std::int64_t vocab_start, vocab_total;
   float* logps;                 // [N, T] out of forward: target - max - log(sum)
-  float* stats;                 // [3, N, T] out of forward, in of backward: max z, sum exp(z - max), target z
+  // [stat_rows, N, T] out of forward, into backward: max z, sum exp(z - max), target z and, as a fourth, the entropy's
+  // A = sum (z - max) exp(z - max), to which columns of -inf add 0. Entropy = log(sum) - A / sum.
+  float* stats;
+  int stat_rows;                // 3, or 4 for A as well
   // Backward only.
   const float* dlogps;          // [N, T] contiguous
+  const float* dlse;            // [N, T] contiguous, of max + log(sum); null: 0
+  const float* dentropy;        // [N, T] contiguous, wants stat_rows = 4; null: 0
   void* dlogits;                // [N, T, V], dtype; may be logits itself
   std::int64_t dstride_n, dstride_t;
 };

@@ -7,7 +7,9 @@ first question: ``import nca_kernels`` stays light.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,11 +30,11 @@ def _address(tensor: Tensor | None) -> int:
 class NativeBackend:
     """One of the two extension modules, as a backend."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.NAME = name
 
     @cached_property
-    def _module(self):
+    def _module(self) -> ModuleType:
         return importlib.import_module(f"nca_kernels._{self.NAME}")
 
     @cached_property  # a failed import is searched for anew at every try
@@ -70,52 +72,160 @@ class NativeBackend:
 
     def _token_logps(
         self,
-        kernel,
-        logits,
-        labels,
-        logps,
-        stats,
-        dlogps,
-        dlogits,
-        ignore_index,
-        scale,
-        softcap,
-        vocab_start,
-        vocab_total,
+        kernel: Callable[..., int],
+        logits: Tensor,
+        labels: Tensor,
+        stats: Tensor,
+        *,
+        logps: Tensor | None = None,
+        dlogps: Tensor | None = None,
+        dlse: Tensor | None = None,
+        dentropy: Tensor | None = None,
+        dlogits: Tensor | None = None,
+        ignore_index: int,
+        scale: float,
+        softcap: float | None,
+        vocab_start: int,
+        vocab_total: int,
     ) -> None:
         N, T, V = logits.shape
-        out = logits if dlogits is None else dlogits
+        stride_n, stride_t, _ = logits.stride()
+        dstride_n, dstride_t, _ = (0, 0, 1) if dlogits is None else dlogits.stride()
+        threads, device, stream = self._launch(logits)
         bad_row = kernel(
-            logits.data_ptr(), DTYPES[logits.dtype], N, T, V, *logits.stride()[:2], labels.data_ptr(), ignore_index,
-            scale, softcap or 0.0, vocab_start, vocab_total, _address(logps), stats.data_ptr(), _address(dlogps),
-            _address(dlogits), *out.stride()[:2], *self._launch(logits),
-        )  # fmt: skip
+            logits=logits.data_ptr(),
+            dtype=DTYPES[logits.dtype],
+            N=N,
+            T=T,
+            V=V,
+            stride_n=stride_n,
+            stride_t=stride_t,
+            labels=labels.data_ptr(),
+            ignore_index=ignore_index,
+            scale=scale,
+            softcap=softcap or 0.0,
+            vocab_start=vocab_start,
+            vocab_total=vocab_total,
+            logps=_address(logps),
+            stats=stats.data_ptr(),
+            stat_rows=stats.shape[0],
+            dlogps=_address(dlogps),
+            dlse=_address(dlse),
+            dentropy=_address(dentropy),
+            dlogits=_address(dlogits),
+            dstride_n=dstride_n,
+            dstride_t=dstride_t,
+            threads=threads,
+            device=device,
+            stream=stream,
+        )
         if bad_row >= 0:
             raise checks.illegal_label(labels, bad_row, ignore_index, vocab_total)
 
-    def token_logps_fwd(self, logits, labels, logps, stats, *, ignore_index, scale, softcap, vocab_start, vocab_total) -> None:
+    def token_logps_fwd(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        logps: Tensor,
+        stats: Tensor,
+        *,
+        ignore_index: int,
+        scale: float,
+        softcap: float | None,
+        vocab_start: int,
+        vocab_total: int,
+    ) -> None:
+        """Write ``logps`` and ``stats`` (see docs/architecture.md)."""
         self._token_logps(
-            self._module.token_logps_fwd, logits, labels, logps, stats, None, None,
-            ignore_index, scale, softcap, vocab_start, vocab_total,
-        )  # fmt: skip
+            self._module.token_logps_fwd,
+            logits,
+            labels,
+            stats,
+            logps=logps,
+            ignore_index=ignore_index,
+            scale=scale,
+            softcap=softcap,
+            vocab_start=vocab_start,
+            vocab_total=vocab_total,
+        )
 
     def token_logps_bwd(
-        self, dlogps, logits, labels, stats, dlogits, *, ignore_index, scale, softcap, vocab_start, vocab_total
+        self,
+        dlogps: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        stats: Tensor,
+        dlogits: Tensor,
+        *,
+        dlse: Tensor | None = None,
+        dentropy: Tensor | None = None,
+        ignore_index: int,
+        scale: float,
+        softcap: float | None,
+        vocab_start: int,
+        vocab_total: int,
     ) -> None:
+        """Write ``dlogits``, which may be ``logits`` itself (see docs/architecture.md)."""
         self._token_logps(
-            self._module.token_logps_bwd, logits, labels, None, stats, dlogps, dlogits,
-            ignore_index, scale, softcap, vocab_start, vocab_total,
-        )  # fmt: skip
+            self._module.token_logps_bwd,
+            logits,
+            labels,
+            stats,
+            dlogps=dlogps,
+            dlse=dlse,
+            dentropy=dentropy,
+            dlogits=dlogits,
+            ignore_index=ignore_index,
+            scale=scale,
+            softcap=softcap,
+            vocab_start=vocab_start,
+            vocab_total=vocab_total,
+        )
 
     def group_loss_fwd(
-        self, name, logps, ref_logps, scores, mask, lengths, desirable, baseline, loss, rewards, dlogps, *,
-        beta, alpha, pairs, reduction,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        logps: Tensor,
+        ref_logps: Tensor,
+        scores: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        desirable: Tensor | None,
+        baseline: Tensor | None,
+        loss: Tensor,
+        rewards: Tensor,
+        dlogps: Tensor,
+        *,
+        beta: float,
+        alpha: float,
+        pairs: str,
+        reduction: str,
+    ) -> None:
+        """Write ``loss``, ``rewards`` and ``dlogps`` (see docs/architecture.md)."""
+        B, K = logps.shape
+        threads, device, stream = self._launch(logps)
         self._module.group_loss_fwd(
-            LOSSES[name], PAIRS[pairs], REDUCTIONS[reduction], *logps.shape, logps.data_ptr(), ref_logps.data_ptr(),
-            scores.data_ptr(), _address(mask), _address(lengths), _address(desirable), _address(baseline), beta, alpha,
-            loss.data_ptr(), rewards.data_ptr(), dlogps.data_ptr(), *self._launch(logps),
-        )  # fmt: skip
+            name=LOSSES[name],
+            pairs=PAIRS[pairs],
+            reduction=REDUCTIONS[reduction],
+            B=B,
+            K=K,
+            logps=logps.data_ptr(),
+            ref_logps=ref_logps.data_ptr(),
+            scores=scores.data_ptr(),
+            mask=_address(mask),
+            lengths=_address(lengths),
+            desirable=_address(desirable),
+            baseline=_address(baseline),
+            beta=beta,
+            alpha=alpha,
+            loss=loss.data_ptr(),
+            rewards=rewards.data_ptr(),
+            dlogps=dlogps.data_ptr(),
+            threads=threads,
+            device=device,
+            stream=stream,
+        )
 
 
 cuda = NativeBackend("cuda")
