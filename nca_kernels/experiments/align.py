@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from nca_kernels import token_logps
 
-from ..integrations.data.collator import group_logps
+from ..integrations.data.collator import Batch, group_logps
 from ..integrations.training.config import NCAConfig
 from ..integrations.training.plots import PlotsCallback
 from ..integrations.training.trainer import NCATrainer
@@ -87,9 +87,9 @@ def align(
 
 
 class _LogitsTrainer(NCATrainer):
-    """The ordinary way, for comparison."""
+    """Computes log-probs from the model's logits, for comparison."""
 
-    def _logps(self, model: LlamaForCausalLM, batch: dict[str, Tensor]) -> Tensor:
+    def compute_logps(self, model: LlamaForCausalLM, batch: Batch) -> Tensor:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         return group_logps(token_logps(logits, batch["labels"], shift=1), batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,24 @@ from ...segments import sequence_sums
 
 LAYOUTS = ("padded", "packed", "share_prompt")
 IGNORE_INDEX = -100
+
+
+class Batch(TypedDict, total=False):
+    """A batch of :class:`GroupCollator`; ``mismatched`` and ``baseline`` are KTO's."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    branches: Tensor
+    cu_seqlens: Tensor
+    slots: Tensor
+    mask: Tensor
+    lengths: Tensor
+    scores: Tensor
+    ref_logps: Tensor
+    mismatched: Batch  # each prompt with one response to another prompt
+    baseline: Tensor  # the mean log-ratio of all mismatched pairs of the step or the evaluation
 
 
 class _Segment(NamedTuple):
@@ -51,7 +69,7 @@ class GroupCollator:
     def __post_init__(self) -> None:
         one_of("layout", self.layout, LAYOUTS)
 
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict]) -> Batch:
         if self.layout == "share_prompt":
             lines = [list(_shared(row)) for row in rows]
         else:
@@ -60,7 +78,7 @@ class GroupCollator:
                 lines = [[segment for line in lines for segment in line]]
         return {**self._tokens(lines), **_per_response(rows)}
 
-    def _tokens(self, lines: list[list[_Segment]]) -> dict[str, Tensor]:
+    def _tokens(self, lines: list[list[_Segment]]) -> Batch:
         shape = len(lines), max(sum(len(s.input_ids) for s in line) for line in lines)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
@@ -78,7 +96,7 @@ class GroupCollator:
                 if segment.scored:
                     starts.append(n * shape[1] + start)
         # A response's sum may run on to the next one's first token: all between them is unscored, a zero.
-        batch = {
+        batch: Batch = {
             "input_ids": input_ids,
             "labels": labels,
             "cu_seqlens": torch.tensor([0, *starts[1:], input_ids.numel()]),
@@ -104,7 +122,7 @@ def _shared(row: dict) -> Iterator[_Segment]:
         yield _Segment([last, *response], len(response), len(prompt), branch)
 
 
-def _per_response(rows: list[dict]) -> dict[str, Tensor]:
+def _per_response(rows: list[dict]) -> Batch:
     counts = [len(row["response_ids"]) for row in rows]
     mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
 
@@ -112,7 +130,7 @@ def _per_response(rows: list[dict]) -> dict[str, Tensor]:
         flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
         return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
-    batch = {"mask": mask, "slots": mask.flatten().nonzero()[:, 0]}
+    batch: Batch = {"mask": mask, "slots": mask.flatten().nonzero()[:, 0]}
     batch["lengths"] = grid([[len(response) for response in row["response_ids"]] for row in rows])
     for name in ("scores", "ref_logps"):
         if name in rows[0]:
@@ -120,7 +138,7 @@ def _per_response(rows: list[dict]) -> dict[str, Tensor]:
     return batch
 
 
-def group_logps(token_logps: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def group_logps(token_logps: Tensor, batch: Batch) -> Tensor:
     """The log-prob of each response ``[B, K]``, 0 where ``mask`` is not set, from those of the tokens ``[N, T]`` (``shift=1``)."""
     sums = sequence_sums(token_logps, batch["cu_seqlens"])
     return sums.new_zeros(batch["mask"].numel()).index_copy(0, batch["slots"], sums).view(batch["mask"].shape)

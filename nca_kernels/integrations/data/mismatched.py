@@ -1,12 +1,10 @@
-"""KTO's baseline: how far the policy has drifted on responses to other prompts."""
+"""Batches for KTO: each prompt also with a response to another prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from .collator import GroupCollator
+from .collator import Batch, GroupCollator
 
 
 @dataclass
@@ -15,7 +13,7 @@ class MismatchedCollator:
 
     collator: GroupCollator
 
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor | dict[str, Tensor]]:
+    def __call__(self, rows: list[dict]) -> Batch:
         pairs = [mismatched_pair(row) for row in rows]
         return {**self.collator(rows), "mismatched": self.collator(pairs)}
 

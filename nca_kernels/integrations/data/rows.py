@@ -170,21 +170,21 @@ def _mismatched(row: dict, index: int, limit: int) -> dict:
     return {"mismatched_ids": response[: limit - len(row["prompt_ids"])]}
 
 
-def unscored(rows: Dataset) -> Dataset | None:
+def missing_ref_logps(rows: Dataset) -> Dataset | None:
     """Of each row the prompt with those responses that have no reference log-prob, the mismatched one last; None if all have."""
     mismatched = "mismatched_ids" in rows.column_names and "mismatched_ref_logps" not in rows.column_names
     if not mismatched:
         return None if "ref_logps" in rows.column_names else rows.select_columns(["prompt_ids", "response_ids"])
-    return rows.map(_unscored, remove_columns=rows.column_names, desc="Responses without reference log-probs")
+    return rows.map(_without_ref_logps, remove_columns=rows.column_names, desc="Responses without reference log-probs")
 
 
-def _unscored(row: dict) -> dict:
+def _without_ref_logps(row: dict) -> dict:
     responses = [] if "ref_logps" in row else row["response_ids"]
     return {"prompt_ids": row["prompt_ids"], "response_ids": [*responses, row["mismatched_ids"]]}
 
 
 def with_ref_logps(rows: Dataset, ref_logps: list[list[float]]) -> Dataset:
-    """The rows with what :func:`unscored` found missing."""
+    """The rows with what :func:`missing_ref_logps` found missing."""
     if "mismatched_ids" in rows.column_names and "mismatched_ref_logps" not in rows.column_names:
         rows = rows.add_column("mismatched_ref_logps", [values[-1] for values in ref_logps])
         ref_logps = [values[:-1] for values in ref_logps]

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
 from ... import group_loss
-from ..data.collator import GroupCollator, group_logps
+from ..data.collator import Batch, GroupCollator, group_logps
 from ..data.mismatched import MismatchedCollator
-from ..data.rows import longest_sequences, prepare_rows, unscored, with_ref_logps
+from ..data.rows import longest_sequences, missing_ref_logps, prepare_rows
 from ..data.shared_prompt import check_layout, model_inputs
 from ..models.evaluating import evaluating
 from ..models.heads import model_logps
-from ..reference.cache import cache_key, reference_logps, weights_digest
-from ..reference.frozen import as_reference, refuse_rewritten_base
+from ..reference.placement import to_device_or_shard
+from ..reference.policy_reference import PolicyReference, ReferenceOptions
 from .clock import LossClock
 from .config import NCAConfig
+from .kto_baseline import KTOBaseline
 from .metrics import GroupMetrics
 from .plots import PlotsCallback
 from .policy import check_reference, policy_of, warn_of_losses
 
 Rows = Dataset | list[dict]
-Batch = dict[str, Tensor]
 
 
 class NCATrainer(Trainer):
@@ -60,6 +59,8 @@ class NCATrainer(Trainer):
         ref_model: the reference, with its adapter if it has one; ``None`` for the model as it is when training starts (its base,
             under PEFT). With ``reference="precompute"`` it is let go once all rows have their log-probs.
         callbacks, optimizers: as in ``transformers.Trainer``.
+
+    To compute log-probs in another way, override :meth:`compute_logps`: policy, reference and KTO's baseline all use it.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used, by name.
@@ -98,7 +99,7 @@ class NCATrainer(Trainer):
         with args.main_process_first(desc="rows"):
             if train_dataset is not None:
                 train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args)
-            eval_dataset = _each("eval_dataset", eval_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
+            eval_dataset = map_datasets("eval_dataset", eval_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
         self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
         super().__init__(
@@ -122,109 +123,75 @@ class NCATrainer(Trainer):
         unread = args.torch_compile or args.logging_strategy == IntervalStrategy.NO
         self._clock = None if unread else LossClock(args.device)
         self._window_began: float | None = None
-        self._eval_baseline: Tensor | None = None
-        self._has_ref_model = ref_model is not None
-        self._take_reference(ref_model)
+        self._kto_baseline = KTOBaseline(self._log_ratios, self.accelerator)
+        self._reference = PolicyReference(
+            ref_model,
+            self.compute_logps,
+            lambda rows: self._prepare_inputs(self._collator(rows)),
+            self.accelerator,
+            ReferenceOptions(**{name: getattr(args, name) for name in ReferenceOptions._fields}),
+        )
+        self._setup_reference()
 
-    def _take_reference(self, ref_model: nn.Module | None) -> None:
-        """The reference log-probs of all rows, or the model that gives them at every step; and whether the layout holds."""
-        needed = any(unscored(rows) is not None for rows in self._datasets())
-        if needed and ref_model is None and self.args.reference == "model" and not isinstance(self.model, PeftModel):
-            ref_model = copy.deepcopy(self.model)
-        self._ref_model = None if ref_model is None else self._placed(ref_model.requires_grad_(False))
-        if needed or self.args.share_prompt:
-            self._shard_policy()
+    def _setup_reference(self) -> None:
+        """Give all rows their reference log-probs, or keep the model that computes them; refuse beforehand what cannot run."""
+        missing = any(missing_ref_logps(rows) is not None for rows in self._datasets())
+        if missing:
+            self._reference.copy_of(self.model)
+        if missing or self.args.share_prompt:
+            self._place_policy()
         if self.args.share_prompt:
             for rows in self._datasets():
                 longest = int(longest_sequences(rows).argmax())
                 check_layout(self.model, [rows[longest]], self._collator)
-        if needed:
+        if missing:
             self._try_policy()
-        self.train_dataset = _each("train_dataset", self.train_dataset, self._with_ref_logps)
-        self.eval_dataset = _each("eval_dataset", self.eval_dataset, self._with_ref_logps)
-        if self.args.reference == "precompute":
-            self._ref_model = None
+        self.train_dataset = map_datasets("train_dataset", self.train_dataset, self._rows_with_ref_logps)
+        self.eval_dataset = map_datasets("eval_dataset", self.eval_dataset, self._rows_with_ref_logps)
+        self._reference.release()
 
     def _try_policy(self) -> None:
         """Log-probs of the shortest row: a model that has none, or LoRA on its head, is refused before the pass over all rows."""
         rows = self._datasets()[0]
         with evaluating(self.model), self.accelerator.autocast():
-            self._flat_logps(self.model, [rows[int(longest_sequences(rows).argmin())]])
+            self._reference.flat_logps(self.model, [rows[int(longest_sequences(rows).argmin())]])
 
     def _datasets(self) -> list[Dataset]:
-        found: list[Dataset] = []
-        for rows in (self.train_dataset, self.eval_dataset):
-            _each("", rows, lambda _, rows: found.append(rows))
-        return found
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [rows for rows in (self.train_dataset, *evaluated) if rows is not None]
 
-    def _placed(self, model: nn.Module) -> nn.Module:
-        """On this rank's device, sharded where the run is."""
-        if not self.is_fsdp_enabled:
-            return model.to(self.args.device)
-        # accelerate shards a model only with an optimizer of it; the run's own is made when training starts.
-        model, _ = self.accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-        return model
+    def _place_policy(self) -> None:
+        """For a forward before training, at whose beginning Trainer would do it."""
+        if self.is_fsdp_enabled:
+            self.model = self.model_wrapped = to_device_or_shard(self.model, self.accelerator)
 
-    def _shard_policy(self) -> None:
-        """For a forward before training, in whose beginning Trainer would do it."""
-        if self.is_fsdp_enabled and not isinstance(self.model, (FSDPModule, FullyShardedDataParallel)):
-            self.model = self.model_wrapped = self._placed(self.model)
+    def _rows_with_ref_logps(self, name: str, rows: Dataset) -> Dataset:
+        return self._reference.rows_with_ref_logps(name, rows, self.model, trained=self.state.global_step > 0)
 
-    def _with_ref_logps(self, name: str, rows: Dataset) -> Dataset:
-        """The rows with the reference log-probs that they lack, if they are to be computed now."""
-        args = self.args
-        lacking = unscored(rows)
-        if lacking is None:
-            return rows
-        reference = self._reference(name)
-        if args.reference == "model":
-            return rows
-        base = reference is self.model
-        key = cache_key(weights_digest(reference, base=base), lacking, args.mixed_precision)
-        with as_reference(reference, base=base), self.accelerator.autocast():
-            ref_logps = reference_logps(
-                lacking,
-                lambda rows: self._flat_logps(reference, rows),
-                Path(args.reference_cache_dir) / f"{key}.safetensors",
-                self.accelerator,
-                batch_size=args.per_device_eval_batch_size,
-                progress=not args.disable_tqdm,
-            )
-        return with_ref_logps(rows, ref_logps)
+    def compute_logps(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The log-prob of each response, in nats, summed over its tokens: ``[B, K]`` float32, 0 where ``mask`` is not set.
 
-    def _reference(self, name: str) -> nn.Module:
-        if self._ref_model is not None:
-            return self._ref_model
-        peft = isinstance(self.model, PeftModel)
-        if self._has_ref_model or (self.state.global_step > 0 and not peft):
-            gone = "ref_model is no longer kept" if self._has_ref_model else "the model is no longer the reference"
-            raise ValueError(
-                f"{name}: rows without ref_logps, and {gone}; wanted them at the start of NCATrainer, or with ref_logps, or "
-                'reference="model"'
-            )
-        if peft:
-            refuse_rewritten_base(self.model)
-        return self.model
+        A hook: an override changes how policy, reference and KTO's baseline alike compute log-probs.
 
-    def _flat_logps(self, model: nn.Module, rows: list[dict]) -> Tensor:
-        batch = self._prepare_inputs(self._collator(rows))
-        return self._logps(model, batch)[batch["mask"]]
-
-    def _logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of each response the sum over its tokens, [B, K]."""
+        Args:
+            model: the policy, or its reference, in any wrapping; gradients flow to its trainable weights.
+            batch: of the collator, on the model's device. Only its tokens and ``mask`` count.
+        """
         inputs = {"attention_mask": None, **model_inputs(model, batch)}
         token_logps = model_logps(model, **inputs, labels=batch["labels"], save_budget=self.args.save_budget)
         return group_logps(token_logps, batch)
 
     def _ref_logps(self, batch: Batch) -> Tensor:
-        if "ref_logps" in batch:
-            return batch["ref_logps"]
-        reference = self._reference("ref_logps")
-        with as_reference(reference, base=reference is self.model), self.accelerator.autocast():
-            return self._logps(reference, batch)
+        return self._reference.batch_logps(batch, self.model, trained=self.state.global_step > 0)
 
     def _per_token(self, logps: Tensor, batch: Batch) -> Tensor:
         return logps / batch["lengths"].clamp(min=1) if self.args.average else logps
+
+    def _log_ratios(self, batch: Batch) -> Tensor:
+        """``logps - ref_logps`` of a batch that is on any device, without gradients."""
+        batch = self._prepare_inputs(batch)
+        with evaluating(self.model), self.accelerator.autocast():
+            return self._per_token(self.compute_logps(self.model, batch) - self._ref_logps(batch), batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
@@ -241,17 +208,17 @@ class NCATrainer(Trainer):
         if self._window_began is None:
             self._window_began = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        prompts = sum(self._without_repeats(batches))
+        batches, counts = self._each_prompt_once(batches)
+        prompts = sum(counts)
         if self.accelerator.num_processes > 1:
             prompts = self.accelerator.reduce(torch.tensor(prompts, device=device))
         if self.args.loss == "kto":
             baseline = self._kto_baseline(batches)
-            for batch in batches:
-                batch["baseline"] = baseline
+            batches = [{**batch, "baseline": baseline} for batch in batches]
         return batches, prompts
 
-    def _without_repeats(self, batches: list[Batch]) -> list[int]:
-        """The number of prompts of each batch, those masked that only fill up the last one.
+    def _each_prompt_once(self, batches: list[Batch]) -> tuple[list[Batch], list[int]]:
+        """The batches with those prompts masked that only fill up the last one, and the number of prompts left in each.
 
         accelerate gives every rank a full batch, at the end of the data with prompts from its beginning.
         """
@@ -262,25 +229,10 @@ class NCATrainer(Trainer):
             # accelerate's own `remainder` is not set in the rest of an epoch that a resumed run goes on with.
             last = len(data.active_dataloader.dataset) % (ranks * prompts[-1]) or ranks * prompts[-1]
             prompts[-1] = min(max(last - self.accelerator.process_index * prompts[-1], 0), prompts[-1])
-            batches[-1]["mask"][prompts[-1] :] = False
-        return prompts
-
-    def _each_once(self, dataloader: DataLoader) -> Iterator[Batch]:
-        for batch in dataloader:
-            self._without_repeats([batch])
-            yield batch
-
-    def _kto_baseline(self, batches: Iterable[Batch]) -> Tensor:
-        """The policy's mean log-ratio on mismatched pairs, of all batches on all ranks: those of a step, or of an evaluation."""
-        sums = torch.zeros(2, device=self.args.device)
-        for batch in map(self._prepare_inputs, batches):
-            pairs = batch["mismatched"]
-            with evaluating(self.model), self.accelerator.autocast():
-                log_ratios = self._logps(self.model, pairs) - self._ref_logps(pairs)
-            there = batch["mask"].any(1)
-            sums += torch.stack([(self._per_token(log_ratios, pairs)[:, 0] * there).sum(), there.sum()])
-        total, count = self.accelerator.reduce(sums)
-        return total / count.clamp(min=1)
+            mask = batches[-1]["mask"]
+            kept = torch.arange(len(mask), device=mask.device)[:, None] < prompts[-1]
+            batches = [*batches[:-1], {**batches[-1], "mask": mask & kept}]
+        return batches, prompts
 
     def compute_loss(
         self,
@@ -291,7 +243,7 @@ class NCATrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The batch's share of the mean over ``num_items_in_batch`` prompts (of this batch, if not given).
 
-        Times the number of ranks, since gradients are averaged over them. ``return_outputs`` adds the implicit ``rewards``.
+        Multiplied by the world size, because gradients are averaged over ranks. ``return_outputs`` adds the implicit ``rewards``.
         """
         with self._clock.from_head(model) if self._clock and model.training else nullcontext():
             loss, rewards = self._group_loss(model, inputs)
@@ -306,10 +258,11 @@ class NCATrainer(Trainer):
     def _group_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the losses of the batch's prompts, and the rewards."""
         args, mask, scores = self.args, batch["mask"], batch["scores"]
-        if args.loss == "kto" and "baseline" not in batch:
-            batch["baseline"] = self._kto_baseline([batch])
+        baseline = batch.get("baseline")
+        if args.loss == "kto" and baseline is None:
+            baseline = self._kto_baseline([batch])
         ref_logps = self._per_token(self._ref_logps(batch), batch)
-        logps = self._per_token(self._logps(model, batch), batch)
+        logps = self._per_token(self.compute_logps(model, batch), batch)
         loss, rewards = group_loss(
             args.loss,
             logps,
@@ -320,7 +273,7 @@ class NCATrainer(Trainer):
             mask=mask,
             pairs=args.pairs,
             lengths=None if args.average else batch["lengths"],
-            baseline=batch.get("baseline"),
+            baseline=baseline,
             reduction="sum",
         )
         metrics = self._train_metrics if model.training else self._eval_metrics
@@ -332,12 +285,8 @@ class NCATrainer(Trainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
         """Adds to the metrics, the loss among them: Trainer's own mean of batches would weigh prompts by their batch."""
-        inputs = self._prepare_inputs(inputs)
-        self._without_repeats([inputs])
-        if self._eval_baseline is not None:
-            inputs["baseline"] = self._eval_baseline
         with torch.no_grad():
-            self._group_loss(model, inputs)
+            self._group_loss(model, self._prepare_inputs(inputs))
         return None, None, None
 
     def evaluate(
@@ -361,18 +310,18 @@ class NCATrainer(Trainer):
     def _prepared(self, name: str, rows: Rows) -> Dataset:
         with self.args.main_process_first(desc="rows"):
             rows = prepare_rows(name, rows, self.processing_class, self.args.row_options())
-        return self._with_ref_logps(name, rows)
+        return self._rows_with_ref_logps(name, rows)
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object
     ) -> EvalLoopOutput:
         began = time.perf_counter()
         self._eval_metrics = GroupMetrics()
-        self._shard_policy()
+        self._place_policy()
+        batches = _EvaluationBatches(dataloader, lambda batch: self._each_prompt_once([batch])[0][0])
         if self.args.loss == "kto":
-            self._eval_baseline = self._kto_baseline(self._each_once(dataloader))
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self._eval_baseline = None
+            batches = _EvaluationBatches(batches, partial(_with_baseline, baseline=self._kto_baseline(batches)))
+        output = super().evaluation_loop(batches, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_metrics.read(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items() if name != "tokens"})
         if self._window_began is not None:
@@ -391,8 +340,27 @@ class NCATrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _each(name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]) -> Rows | dict[str, Rows] | None:
-    """The function of the rows and their name, or of each of the data sets of a mapping."""
+class _EvaluationBatches:
+    """The batches of a dataloader, each passed through ``change`` when it is read."""
+
+    def __init__(self, dataloader: DataLoader | _EvaluationBatches, change: Callable[[Batch], Batch]):
+        self.dataset, self._dataloader, self._change = dataloader.dataset, dataloader, change
+
+    def __len__(self) -> int:
+        return len(self._dataloader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._change, self._dataloader)
+
+
+def _with_baseline(batch: Batch, baseline: Tensor) -> Batch:
+    return {**batch, "baseline": baseline}
+
+
+def map_datasets(
+    name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]
+) -> Rows | dict[str, Rows] | None:
+    """``function(name, rows)``, or of each data set of a mapping."""
     if rows is None:
         return None
     if isinstance(rows, dict):
