@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from nca_kernels.loss_table import LOSSES
+
 from .cases import BACKENDS, Implementation, Problem, compiled, grad_error, ours, value_error
 
 BETA, ALPHA = 0.1, 0.5
@@ -63,7 +65,8 @@ def _truth(name, tensors):
 def implementations(name: str, device: str) -> list[Implementation]:
     def on(backend):
         def build():
-            group_loss = ours("group_loss", backend, device, torch.float32, name=name, beta=BETA, alpha=ALPHA)()
+            alpha = {"alpha": ALPHA} if "alpha" in LOSSES[name].takes else {}
+            group_loss = ours("group_loss", backend, device, torch.float32, name=name, beta=BETA, **alpha)()
             return lambda tensors: group_loss(tensors).loss
 
         return build

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nca_kernels
-from nca_kernels import reference
 from nca_kernels.backends import BACKENDS
+from nca_kernels.loss_table import LOSSES
 
 from . import schema
 from .cases import LogpTruth
@@ -57,7 +57,7 @@ def tables(device: str, vocabs=VOCABS, lengths=LENGTHS, head=HEAD) -> Iterator[t
     )
     yield (
         "group_loss: losses in 2^-23 (1 + |truth|) / gradients in 2^-23 of the largest, float32",
-        [_losses(name, B, K, device) for name in reference.LOSSES for B, K in GROUPS],
+        [_losses(name, B, K, device) for name in LOSSES for B, K in GROUPS],
     )
 
 
@@ -176,8 +176,10 @@ def _losses(name: str, B: int, K: int, device: str) -> Row:
     scores = torch.rand(B, K, device=device)
 
     def run(backend: str, dtype: torch.dtype) -> Pass:
+        alpha = {"alpha": 0.3} if "alpha" in LOSSES[name].takes else {}
+
         def loss(x):
-            return nca_kernels.group_loss(name, x, ref_logps.to(dtype), scores.to(dtype), alpha=0.3, backend=backend).loss
+            return nca_kernels.group_loss(name, x, ref_logps.to(dtype), scores.to(dtype), backend=backend, **alpha).loss
 
         return _pass(loss, logps.to(dtype), torch.ones((), device=device))
 

@@ -61,6 +61,13 @@ std::int64_t group_loss_fwd(const nca::GroupLoss& arguments, const nca::Launch& 
   return -1;
 }
 
+template <std::size_t kCount>
+py::tuple names(const char* const (&all)[kCount]) {
+  py::tuple result(kCount);
+  for (std::size_t i = 0; i < kCount; ++i) result[i] = all[i];
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(NCA_MODULE, m) {
@@ -70,4 +77,7 @@ PYBIND11_MODULE(NCA_MODULE, m) {
   define<TokenLogps, kTokenLogps, nca::NCA_DEVICE::token_logps_fwd>(m, "token_logps_fwd");
   define<TokenLogps, kTokenLogps, nca::NCA_DEVICE::token_logps_bwd>(m, "token_logps_bwd");
   define<GroupLoss, kGroupLoss, group_loss_fwd>(m, "group_loss_fwd");
+  m.attr("LOSSES") = names(nca::kLosses);
+  m.attr("PAIRS") = names(nca::kPairs);
+  m.attr("REDUCTIONS") = names(nca::kReductions);
 }

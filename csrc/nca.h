@@ -41,9 +41,13 @@ struct TokenLogps {
   std::int64_t dstride_n, dstride_t;
 };
 
-enum Loss : int { kInfoNCA = 0, kNCA = 1, kDPO = 2, kIPO = 3, kKTO = 4 };
-enum Pairs : int { kBestVsRest = 0, kAll = 1 };
-enum Reduction : int { kMean = 0, kSum = 1, kNone = 2 };
+// The names are in the order of the enumerators: Python takes an enumerator's number from the place of its name.
+enum Loss : int { kInfoNCA, kNCA, kDPO, kIPO, kKTO };
+constexpr const char* kLosses[] = {"info_nca", "nca", "dpo", "ipo", "kto"};
+enum Pairs : int { kBestVsRest, kAll };
+constexpr const char* kPairs[] = {"best_vs_rest", "all"};
+enum Reduction : int { kMean, kSum, kNone };
+constexpr const char* kReductions[] = {"mean", "sum", "none"};
 
 // The K-way loss of every prompt, its implicit rewards and its derivative, in one launch. All [B, K] contiguous.
 struct GroupLoss {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -75,7 +76,10 @@ def _number(name, value, least, wanted) -> float:
     return float(value)
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """``ValueError`` unless ``value`` is one of these strings; ``TypeError`` for what is no string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted one of {', '.join(map(repr, allowed))}")
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, allowed))}")
 

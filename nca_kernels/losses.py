@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import checks, ops, reference
 from .dispatch import resolve
+from .loss_table import LOSSES, PAIRS, REDUCTIONS, GroupLossArguments
 
-LOSSES = tuple(reference.LOSSES)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *checks.FLOATING)
 
 
 class GroupLoss(NamedTuple):
@@ -20,6 +24,20 @@ class GroupLoss(NamedTuple):
     rewards: Tensor
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of :func:`group_loss`."""
+
+    beta: float
+    alpha: float | None
+    mask: Tensor | None
+    pairs: str | None
+    lengths: Tensor | None
+    desirable: Tensor | None
+    baseline: Tensor | float | None
+    reduction: str
+    backend: str | None
+
+
 def group_loss(
     name: str,
     logps: Tensor,  # [B, K]
@@ -27,9 +45,9 @@ def group_loss(
     scores: Tensor | None = None,  # [B, K]
     *,
     beta: float = 0.1,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     mask: Tensor | None = None,  # [B, K]
-    pairs: str = "best_vs_rest",
+    pairs: str | None = None,
     lengths: Tensor | None = None,  # [B, K]
     desirable: Tensor | None = None,  # [B, K]
     baseline: Tensor | float | None = None,
@@ -49,21 +67,23 @@ def group_loss(
     A prompt with nothing to learn from (no valid response; for ``dpo`` and ``ipo`` no pair) gives loss 0 and gradient 0.
 
     Args:
-        name: ``"info_nca"``, ``"nca"``, ``"dpo"``, ``"ipo"`` or ``"kto"``.
+        name: one of the losses above.
         logps: sequence log-probs under the policy, ``[B, K]``, in nats; any floating dtype (computed in float32; float64
             on ``backend="torch"``). The one argument that gets a gradient.
         ref_logps: the same under the reference model; must not require a gradient.
-        scores: explicit rewards, ``[B, K]``, any floating dtype. ``None``: column 0 is the chosen response, and a prompt
-            whose column 0 is masked has nothing to learn from.
+        scores: explicit rewards, ``[B, K]``, of any floating or integer dtype (computed in float32). ``None``: column 0 is the
+            chosen response, and a prompt whose column 0 is masked has nothing to learn from.
         beta: > 0, the strength of the implicit reward.
-        alpha: >= 0, the temperature of the scores, in their unit; 0: all weight on the best-scored responses.
-        mask: bool ``[B, K]``, true where there is a response (ragged K); ``None``: everywhere. What the other arguments
-            hold elsewhere does not matter.
-        pairs: ``"best_vs_rest"``: each best-scored response against each lower-scored one; ``"all"``: every pair of
-            different scores. Equal scores are no pair. Only ``dpo`` and ``ipo`` read it.
-        lengths: scored tokens of each response, ``[B, K]``, for ``ipo``; ``None``: log-probs are averages already.
-        desirable: bool ``[B, K]`` for ``kto``; ``None``: the best-scored responses.
-        baseline: ``z`` of ``kto`` in nats, a number or one-element tensor, detached and clamped to >= 0; ``None``: 0.
+        alpha: for ``info_nca`` and ``nca``, >= 0, the temperature of the scores, in their unit; 0: all weight on the best-scored
+            responses. ``None``: 1. Without ``scores`` all weight is on column 0.
+        mask: bool ``[B, K]``, true where there is a response (ragged K); ``None``: everywhere. The values of the other arguments
+            elsewhere do not matter.
+        pairs: for ``dpo`` and ``ipo``. ``"best_vs_rest"``, or ``None``: each best-scored response against each lower-scored
+            one; ``"all"``: every pair of different scores. Equal scores are no pair.
+        lengths: for ``ipo``, the labelled tokens of each response, ``[B, K]``, floating or integer, 0 counts as 1; ``None``:
+            log-probs are averages already.
+        desirable: for ``kto``, bool ``[B, K]``; ``None``: the best-scored responses.
+        baseline: for ``kto``, ``z`` in nats, a number or one-element tensor, detached and clamped to >= 0; ``None``: 0.
         reduction: ``"mean"`` over the B prompts, ``"sum"`` or ``"none"``.
         backend: as in :func:`nca_kernels.token_logps`.
 
@@ -71,7 +91,8 @@ def group_loss(
         ``GroupLoss(loss, rewards)``: a scalar, or ``[B]`` for ``"none"``; and ``r``, ``[B, K]``, detached, 0 where masked.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; ``K < 1``; an unknown loss.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; ``K < 1``; an unknown loss; an
+            argument that the loss does not take.
         RuntimeError: the named backend cannot run, with every reason.
         NotImplementedError: second derivatives, except on ``backend="torch"``.
 
@@ -90,15 +111,17 @@ def group_loss(
         raise ValueError(f"logps: got shape {list(logps.shape)}, wanted [B, K] with K >= 1")
     if ref_logps.requires_grad:
         raise ValueError("ref_logps: requires a gradient, wanted a constant (compute it under torch.no_grad())")
+    _refuse_unused(name, {"alpha": alpha, "pairs": pairs, "lengths": lengths, "desirable": desirable, "baseline": baseline})
     beta = checks.positive("beta", beta)
-    alpha = checks.non_negative("alpha", alpha)
-    checks.one_of("pairs", pairs, ("best_vs_rest", "all"))
-    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    alpha = _alpha(name, alpha, scores)
+    pairs = PAIRS[0] if pairs is None else pairs
+    checks.one_of("pairs", pairs, PAIRS)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     for argument, value, check in (
         ("ref_logps", ref_logps, checks.floating),
-        ("scores", scores, checks.floating),
+        ("scores", scores, _check_numbers),
         ("mask", mask, checks.boolean),
-        ("lengths", lengths, _check_lengths),
+        ("lengths", lengths, _check_numbers),
         ("desirable", desirable, checks.boolean),
     ):
         if value is not None:
@@ -107,38 +130,58 @@ def group_loss(
             checks.same_device(argument, value, "logps", logps)
 
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    name_of_backend = resolve("group_loss", backend, logps.device, dtype, loss=name)
-    baseline = _baseline(baseline, logps.device, dtype)
     if scores is None:
-        scores, alpha, mask = _column_zero_is_chosen(logps, mask)
-    logps = (logps if logps.dtype == dtype else logps.to(dtype)).contiguous()
-    ref_logps, scores, lengths = _constant(ref_logps, dtype), _constant(scores, dtype), _constant(lengths, dtype)
-    mask, desirable = _constant(mask, torch.bool), _constant(desirable, torch.bool)
-    if name_of_backend == "torch":
-        return _reference_group_loss(
-            name, logps, ref_logps, scores, lengths, mask, desirable, baseline,
-            beta=beta, alpha=alpha, pairs=pairs, reduction=reduction,
-        )  # fmt: skip
-    loss, rewards, _dlogps = ops.group_loss(
-        logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction,
-        name_of_backend,
-    )  # fmt: skip
+        scores, mask = _column_zero_is_chosen(logps, mask)
+    arguments = GroupLossArguments(
+        logps=(logps if logps.dtype == dtype else logps.to(dtype)).contiguous(),
+        ref_logps=_constant(ref_logps, dtype),
+        scores=_constant(scores, dtype),
+        mask=None if mask is None else mask.contiguous(),
+        lengths=None if lengths is None else _constant(lengths, dtype),
+        desirable=None if desirable is None else desirable.contiguous(),
+        baseline=_baseline(baseline, logps.device, dtype),
+        name=name,
+        beta=beta,
+        alpha=alpha,
+        pairs=pairs,
+        reduction=reduction,
+        backend=resolve("group_loss", backend, logps.device, dtype, loss=name),
+    )
+    if arguments.backend == "torch":
+        return _reference_group_loss(arguments)
+    loss, rewards, _dlogps = ops.group_loss(*arguments)
     return GroupLoss(loss, rewards)
 
 
-def _constant(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """As the kernels read it; ``to`` is not asked where there is nothing to do, since the answer costs as much as 10 prompts."""
-    if value is None:
-        return None
+def _refuse_unused(name: str, given: dict[str, object]) -> None:
+    """``ValueError`` for an argument that the loss ``name`` does not take: its value would have no effect."""
+    for argument, value in given.items():
+        if value is not None and argument not in LOSSES[name].takes:
+            raise ValueError(f"{argument}: got a value, wanted none: the loss {name!r} does not take it")
+
+
+def _alpha(name: str, alpha: float | None, scores: Tensor | None) -> float:
+    """The temperature of the weights; 0, which is uniform over the best-scored responses, for a loss that takes none."""
+    if alpha is not None:
+        alpha = checks.non_negative("alpha", alpha)
+        if scores is None and alpha != 0:
+            raise ValueError(f"alpha: got {alpha} without scores, wanted None: all weight is on column 0")
+    if scores is None or "alpha" not in LOSSES[name].takes:
+        return 0.0
+    return 1.0 if alpha is None else alpha
+
+
+def _constant(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Detached, cast and contiguous; ``.to()`` is skipped where the dtype matches, since the call is measurable at small B."""
     value = value.detach() if value.requires_grad else value
     return (value if value.dtype == dtype else value.to(dtype)).contiguous()
 
 
-def _check_lengths(name: str, value: object) -> None:
-    checks.tensor(name, value, (torch.int64, torch.int32, *checks.FLOATING), "a tensor of token counts, integer or floating")
+def _check_numbers(name: str, value: object) -> None:
+    checks.tensor(name, value, _NUMBERS, "a tensor of integers or floating-point numbers")
 
 
-def _baseline(baseline, device, dtype) -> Tensor | None:
+def _baseline(baseline: Tensor | float | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     if baseline is None:
         return None
     if isinstance(baseline, Tensor):
@@ -150,20 +193,18 @@ def _baseline(baseline, device, dtype) -> Tensor | None:
     return torch.full((1,), float(baseline), device=device, dtype=dtype)
 
 
-def _column_zero_is_chosen(logps, mask) -> tuple[Tensor, float, Tensor | None]:
-    """Scores, alpha and mask that say so: all the weight on column 0, and no response where it is masked."""
+def _column_zero_is_chosen(logps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scores whose best is column 0, and a mask without the prompts whose column 0 is masked."""
     scores = torch.zeros_like(logps, requires_grad=False)
     scores[:, 0] = 1.0
-    return scores, 0.0, None if mask is None else mask & mask[:, :1]
+    return scores, None if mask is None else mask & mask[:, :1]
 
 
-def _reference_group_loss(
-    name, logps, ref_logps, scores, lengths, mask, desirable, baseline, *, beta, alpha, pairs, reduction
-) -> GroupLoss:
-    losses, rewards = reference.group_loss(
-        name, logps, ref_logps, scores,
-        beta=beta, alpha=alpha, mask=mask, pairs=pairs, lengths=lengths, desirable=desirable, baseline=baseline,
-    )  # fmt: skip
+def _reference_group_loss(arguments: GroupLossArguments) -> GroupLoss:
+    options = arguments._asdict()
+    reduction = options.pop("reduction")
+    del options["backend"]
+    losses, rewards = reference.group_loss(**options)
     if reduction == "none":
         return GroupLoss(losses, rewards)
     total = losses.sum()
@@ -171,23 +212,14 @@ def _reference_group_loss(
     return GroupLoss(total / max(len(losses), 1) if reduction == "mean" else total, rewards)
 
 
-def info_nca_loss(
-    logps: Tensor,  # [B, K]
-    ref_logps: Tensor,  # [B, K]
-    scores: Tensor | None = None,  # [B, K]
-    *,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    mask: Tensor | None = None,  # [B, K]
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> GroupLoss:
+def info_nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""InfoNCA, the cross-entropy of the implicit rewards against the explicit ones:
 
     ``- sum_i w_i log softmax(r)_i``, with ``r = beta * (logps - ref_logps)`` and ``w = softmax(scores / alpha)``.
 
-    Args, returns, raises: as :func:`group_loss` with ``name="info_nca"``; ``logps`` alone gets a gradient,
-    ``beta * (softmax(r) - w)``. At K = 2 and ``alpha=0`` it is :func:`dpo_loss`.
+    Args, returns, raises: as :func:`group_loss` with ``name="info_nca"``, whose options are ``beta``, ``alpha``, ``mask``,
+    ``reduction`` and ``backend``. ``logps`` alone gets a gradient, ``beta * (softmax(r) - w)``. At K = 2 and ``alpha=0`` it is
+    :func:`dpo_loss`.
 
     Source: Chen et al. 2024 (arXiv 2402.05369), InfoNCA.
 
@@ -195,27 +227,17 @@ def info_nca_loss(
         >>> info_nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
         tensor(0.6931)
     """
-    return group_loss("info_nca", logps, ref_logps, scores, beta=beta, alpha=alpha, mask=mask, reduction=reduction, backend=backend)
+    return group_loss("info_nca", logps, ref_logps, scores, **options)
 
 
-def nca_loss(
-    logps: Tensor,  # [B, K]
-    ref_logps: Tensor,  # [B, K]
-    scores: Tensor | None = None,  # [B, K]
-    *,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    mask: Tensor | None = None,  # [B, K]
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> GroupLoss:
+def nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""NCA, which tells each response from noise by itself, so that the best one's likelihood need not fall:
 
     ``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``, with ``r = beta * (logps - ref_logps)``,
     ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses.
 
-    Args, returns, raises: as :func:`group_loss` with ``name="nca"``; ``logps`` alone gets a gradient,
-    ``beta * (sigmoid(r_i) / K - w_i sigmoid(-r_i))``.
+    Args, returns, raises: as :func:`group_loss` with ``name="nca"``, whose options are ``beta``, ``alpha``, ``mask``,
+    ``reduction`` and ``backend``. ``logps`` alone gets a gradient, ``beta * (sigmoid(r_i) / K - w_i sigmoid(-r_i))``.
 
     Source: Chen et al. 2024 (arXiv 2402.05369), NCA.
 
@@ -223,24 +245,14 @@ def nca_loss(
         >>> nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
         tensor(1.3863)
     """
-    return group_loss("nca", logps, ref_logps, scores, beta=beta, alpha=alpha, mask=mask, reduction=reduction, backend=backend)
+    return group_loss("nca", logps, ref_logps, scores, **options)
 
 
-def dpo_loss(
-    logps: Tensor,  # [B, K]
-    ref_logps: Tensor,  # [B, K]
-    scores: Tensor | None = None,  # [B, K]
-    *,
-    beta: float = 0.1,
-    mask: Tensor | None = None,  # [B, K]
-    pairs: str = "best_vs_rest",
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> GroupLoss:
+def dpo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""DPO: the mean over pairs (i scored above j) of ``- log sigmoid(r_i - r_j)``, ``r = beta * (logps - ref_logps)``.
 
-    Args, returns, raises: as :func:`group_loss` with ``name="dpo"``; ``logps`` alone gets a gradient. Without ``scores``
-    column 0 is the chosen response.
+    Args, returns, raises: as :func:`group_loss` with ``name="dpo"``, whose options are ``beta``, ``mask``, ``pairs``,
+    ``reduction`` and ``backend``. ``logps`` alone gets a gradient. Without ``scores`` column 0 is the chosen response.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290); K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
 
@@ -248,26 +260,16 @@ def dpo_loss(
         >>> dpo_loss(torch.zeros(1, 2), torch.zeros(1, 2)).loss
         tensor(0.6931)
     """
-    return group_loss("dpo", logps, ref_logps, scores, beta=beta, mask=mask, pairs=pairs, reduction=reduction, backend=backend)
+    return group_loss("dpo", logps, ref_logps, scores, **options)
 
 
-def ipo_loss(
-    logps: Tensor,  # [B, K]
-    ref_logps: Tensor,  # [B, K]
-    scores: Tensor | None = None,  # [B, K]
-    *,
-    beta: float = 0.1,
-    mask: Tensor | None = None,  # [B, K]
-    pairs: str = "best_vs_rest",
-    lengths: Tensor | None = None,  # [B, K]
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> GroupLoss:
+def ipo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""IPO: the mean over pairs (i scored above j) of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``.
 
     ``l = logps - ref_logps`` and ``n = lengths``, in tokens (``None``: 1, for log-probs that are averages already).
 
-    Args, returns, raises: as :func:`group_loss` with ``name="ipo"``; ``logps`` alone gets a gradient.
+    Args, returns, raises: as :func:`group_loss` with ``name="ipo"``, whose options are ``beta``, ``mask``, ``pairs``,
+    ``lengths``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient.
 
     Source: Azar et al. 2023 (arXiv 2310.12036), token-averaged as in Chen et al. 2024 (arXiv 2402.05369).
 
@@ -275,29 +277,16 @@ def ipo_loss(
         >>> ipo_loss(torch.zeros(1, 2), torch.zeros(1, 2), beta=0.5).loss
         tensor(1.)
     """
-    return group_loss(
-        "ipo", logps, ref_logps, scores,
-        beta=beta, mask=mask, pairs=pairs, lengths=lengths, reduction=reduction, backend=backend,
-    )  # fmt: skip
+    return group_loss("ipo", logps, ref_logps, scores, **options)
 
 
-def kto_loss(
-    logps: Tensor,  # [B, K]
-    ref_logps: Tensor,  # [B, K]
-    scores: Tensor | None = None,  # [B, K]
-    *,
-    beta: float = 0.1,
-    mask: Tensor | None = None,  # [B, K]
-    desirable: Tensor | None = None,  # [B, K]
-    baseline: Tensor | float | None = None,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> GroupLoss:
+def kto_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""KTO: the mean over responses of ``1 - sigmoid(beta (l - z))`` if desirable, ``1 - sigmoid(beta (z - l))`` if not.
 
     ``l = logps - ref_logps`` and ``z = max(baseline, 0)``, in nats, detached.
 
-    Args, returns, raises: as :func:`group_loss` with ``name="kto"``; ``logps`` alone gets a gradient.
+    Args, returns, raises: as :func:`group_loss` with ``name="kto"``, whose options are ``beta``, ``mask``, ``desirable``,
+    ``baseline``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient.
 
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306), both lambdas 1.
 
@@ -305,7 +294,4 @@ def kto_loss(
         >>> kto_loss(torch.zeros(1, 2), torch.zeros(1, 2)).loss
         tensor(0.5000)
     """
-    return group_loss(
-        "kto", logps, ref_logps, scores,
-        beta=beta, mask=mask, desirable=desirable, baseline=baseline, reduction=reduction, backend=backend,
-    )  # fmt: skip
+    return group_loss("kto", logps, ref_logps, scores, **options)

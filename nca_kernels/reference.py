@@ -7,9 +7,14 @@ The derivations are in ``docs/math.md``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .loss_table import LOSSES
+from .scores import best_scored, score_pairs
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 
@@ -57,13 +62,7 @@ def linear_token_logps(
     return token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
 
 
-# --- what scores say about a prompt's responses ----------------------------------------------------------------------
-
-
-def best_scored(scores: Tensor, mask: Tensor) -> Tensor:
-    """The valid responses whose score none exceeds, all ties included: bool ``[B, K]``."""
-    scores = scores.masked_fill(~mask, -torch.inf)
-    return mask & (scores == scores.amax(-1, keepdim=True))
+# --- the weights of a prompt's responses -------------------------------------------------------------------------------
 
 
 def response_weights(scores: Tensor, alpha: float, mask: Tensor | None = None) -> Tensor:
@@ -82,17 +81,20 @@ def response_weights(scores: Tensor, alpha: float, mask: Tensor | None = None) -
     return odds / odds.sum(-1, keepdim=True).clamp(min=1.0)  # at least 1, the best one's, unless there is no response
 
 
-def score_pairs(scores: Tensor, mask: Tensor, pairs: str) -> Tensor:
-    """Bool ``[B, K, K]``: is ``(i, j)`` a pair, ``s_i > s_j``; for ``"best_vs_rest"``, ``i`` among the best-scored?"""
-    better = (scores.unsqueeze(2) > scores.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
-    return better & best_scored(scores, mask).unsqueeze(2) if pairs == "best_vs_rest" else better
-
-
 # --- the losses ------------------------------------------------------------------------------------------------------
-# Each maps log_ratios [B, K] = log pi(y) - log pi_ref(y), 0 where masked, to losses [B], and names what else it reads.
+# Each maps log_ratios [B, K] = log pi(y) - log pi_ref(y), 0 where masked, to losses [B]. Its keyword arguments are beta and
+# what the table of losses says that it takes.
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
 
 
-def info_nca(log_ratios, scores, mask, *, beta, alpha, **_) -> Tensor:
+def _loss(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    FUNCTIONS[function.__name__] = function
+    return function
+
+
+@_loss
+def info_nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, alpha: float) -> Tensor:
     r"""``- sum_i w_i log softmax(r)_i``, ``r = beta * log_ratios``.
 
     Chen et al. 2024 (arXiv 2402.05369), section 3.
@@ -104,8 +106,9 @@ def info_nca(log_ratios, scores, mask, *, beta, alpha, **_) -> Tensor:
     return -(w * log_softmax).sum(-1)
 
 
-def nca(log_ratios, scores, mask, *, beta, alpha, **_) -> Tensor:
-    r"""``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``, ``r = beta * log_ratios``, K this prompt's own.
+@_loss
+def nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, alpha: float) -> Tensor:
+    r"""``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``, ``r = beta * log_ratios``, K the prompt's own count.
 
     Chen et al. 2024 (arXiv 2402.05369), section 4.
     """
@@ -114,7 +117,8 @@ def nca(log_ratios, scores, mask, *, beta, alpha, **_) -> Tensor:
     return -(w * F.logsigmoid(r)).sum(-1) - _mean(F.logsigmoid(-r), mask, -1)
 
 
-def dpo(log_ratios, scores, mask, *, beta, pairs, **_) -> Tensor:
+@_loss
+def dpo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs: str) -> Tensor:
     r"""The mean over pairs of ``- log sigmoid(r_i - r_j)``, ``r = beta * log_ratios``.
 
     Rafailov et al. 2023 (arXiv 2305.18290); with K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
@@ -123,7 +127,8 @@ def dpo(log_ratios, scores, mask, *, beta, pairs, **_) -> Tensor:
     return _mean(-F.logsigmoid(_margins(beta * log_ratios, better)), better, (1, 2))
 
 
-def ipo(log_ratios, scores, mask, *, beta, pairs, lengths, **_) -> Tensor:
+@_loss
+def ipo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs: str, lengths: Tensor | None) -> Tensor:
     r"""The mean over pairs of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``, ``l = log_ratios``, ``n = lengths``.
 
     Azar et al. 2023 (arXiv 2310.12036), whose tau is ``beta``, on token averages (``lengths=None``: already so).
@@ -134,7 +139,10 @@ def ipo(log_ratios, scores, mask, *, beta, pairs, lengths, **_) -> Tensor:
     return _mean((_margins(log_ratios, better) - 1 / (2 * beta)).square(), better, (1, 2))
 
 
-def kto(log_ratios, scores, mask, *, beta, desirable, baseline, **_) -> Tensor:
+@_loss
+def kto(
+    log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, desirable: Tensor | None, baseline: Tensor | None
+) -> Tensor:
     r"""The mean over responses of ``1 - sigmoid(beta (l - z))`` if desirable, ``1 - sigmoid(beta (z - l))`` if not.
 
     ``l = log_ratios``, ``z = max(baseline, 0)`` detached. Ethayarajh et al. 2024 (arXiv 2402.01306), both lambdas 1.
@@ -145,9 +153,6 @@ def kto(log_ratios, scores, mask, *, beta, desirable, baseline, **_) -> Tensor:
     return _mean(torch.sigmoid(-gain), mask, -1)  # 1 - sigmoid(x) = sigmoid(-x), which does not cancel
 
 
-LOSSES = {loss.__name__: loss for loss in (info_nca, nca, dpo, ipo, kto)}
-
-
 def group_loss(
     name: str,
     logps: Tensor,  # [B, K]
@@ -155,7 +160,7 @@ def group_loss(
     scores: Tensor,  # [B, K]
     *,
     beta: float,
-    alpha: float,
+    alpha: float = 1.0,
     mask: Tensor | None = None,  # bool [B, K]
     pairs: str = "best_vs_rest",
     lengths: Tensor | None = None,  # [B, K]
@@ -165,15 +170,13 @@ def group_loss(
     r"""Each prompt's loss, and the implicit rewards ``r = beta * (logps - ref_logps)``, detached, 0 where masked.
 
     Chen et al. 2024 (arXiv 2402.05369). A prompt with no valid response, or no pair where the loss wants pairs, has
-    loss 0 and gradient 0.
+    loss 0 and gradient 0. Arguments that the loss does not take are not read.
     """
     mask = _all_valid(logps) if mask is None else mask
     log_ratios = (logps - ref_logps).masked_fill(~mask, 0.0)
-    losses = LOSSES[name](
-        log_ratios, scores, mask,
-        beta=beta, alpha=alpha, pairs=pairs, lengths=lengths, desirable=desirable, baseline=baseline,
-    )  # fmt: skip
-    return losses, beta * log_ratios.detach()
+    given = {"alpha": alpha, "pairs": pairs, "lengths": lengths, "desirable": desirable, "baseline": baseline}
+    own = {argument: given[argument] for argument in LOSSES[name].takes}
+    return FUNCTIONS[name](log_ratios, scores, mask, beta=beta, **own), beta * log_ratios.detach()
 
 
 def _all_valid(like: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from .backends import BACKENDS
 from .functional import token_logps
 from .linear_functional import linear_token_logps
-from .losses import LOSSES, group_loss
+from .loss_table import LOSSES
+from .losses import group_loss
 
 # Of the largest number. Rounding alone came to 6e-7 at most in float32, and to 5e-3 in bfloat16, of logits and gradients.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -122,7 +123,8 @@ def _problems() -> Iterator[Problem]:
 
         def loss(name: str = name, **tensors: object) -> Tensor:
             lengths = tensors.pop("lengths")
-            own = {"ipo": {"lengths": lengths}, "kto": {"baseline": 0.5}}.get(name, {})
-            return group_loss(name, **tensors, **own, alpha=0.5, reduction="none").loss
+            given = {"alpha": 0.5, "lengths": lengths, "baseline": 0.5}
+            own = {argument: given[argument] for argument in LOSSES[name].takes if argument in given}
+            return group_loss(name, **tensors, **own, reduction="none").loss
 
         yield Problem("group_loss", loss, group, ("logps",), (torch.float32,))

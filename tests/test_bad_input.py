@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import nca_kernels
+from nca_kernels.loss_table import LOSSES
 
 LOGITS, LABELS = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 
@@ -123,7 +124,7 @@ LOGPS = torch.randn(2, 3)
         ("nca", (LOGPS, LOGPS[:1]), {}, ValueError, "ref_logps: got shape [1, 3], wanted [2, 3]"),
         ("nca", (LOGPS, LOGPS.clone().requires_grad_()), {}, ValueError, "ref_logps: requires a gradient"),
         ("nca", (LOGPS, LOGPS.to("meta")), {}, ValueError, "ref_logps: on meta, wanted cpu"),
-        ("nca", (LOGPS, LOGPS, LOGPS.long()), {}, TypeError, "scores: got a tensor of torch.int64"),
+        ("nca", (LOGPS, LOGPS, LOGPS > 0), {}, TypeError, "scores: got a tensor of torch.bool, wanted a tensor of integers or"),
         ("nca", (LOGPS, LOGPS, LOGPS[:, :2]), {}, ValueError, "scores: got shape [2, 2], wanted [2, 3]"),
         (
             "nca",
@@ -147,11 +148,33 @@ LOGPS = torch.randn(2, 3)
         ),
         ("nca", (LOGPS, LOGPS), {"reduction": "max"}, ValueError, "reduction: got 'max', wanted one of 'mean'"),
         ("nca", (LOGPS, LOGPS), {"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
+        (LOGPS, (LOGPS, LOGPS), {}, TypeError, "name: got Tensor, wanted one of 'info_nca', 'nca'"),
+        ("dpo", (LOGPS, LOGPS), {"pairs": LOGPS}, TypeError, "pairs: got Tensor, wanted one of 'best_vs_rest', 'all'"),
+        ("nca", (LOGPS, LOGPS), {"reduction": LOGPS}, TypeError, "reduction: got Tensor, wanted one of 'mean', 'sum', 'none'"),
+        ("nca", (LOGPS, LOGPS), {"beta": LOGPS}, TypeError, "beta: got Tensor, wanted a finite number > 0"),
+        ("nca", (LOGPS, LOGPS), {"alpha": 0.3}, ValueError, "alpha: got 0.3 without scores, wanted None"),
     ],
 )
 def test_group_loss(name, arguments, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         nca_kernels.group_loss(name, *arguments, **options)
+
+
+UNUSED = {"alpha": 5.0, "pairs": "all", "lengths": LOGPS.abs(), "desirable": LOGPS > 0, "baseline": 0.5}
+
+
+@pytest.mark.parametrize("argument", UNUSED)
+@pytest.mark.parametrize("name", LOSSES)
+def test_arguments_that_a_loss_does_not_take(name, argument):
+    """Refused by name, whichever function is called."""
+    options = {argument: UNUSED[argument]}
+    functions = (lambda *x, **o: nca_kernels.group_loss(name, *x, **o)), getattr(nca_kernels, f"{name}_loss")
+    for function in functions:
+        if argument in LOSSES[name].takes:
+            assert function(LOGPS, LOGPS, LOGPS, **options).loss.isfinite()
+            continue
+        with pytest.raises(ValueError, match=f"^{argument}: got a value, wanted none: the loss '{name}' does not take it$"):
+            function(LOGPS, LOGPS, LOGPS, **options)
 
 
 def test_average_is_a_bool():

@@ -13,7 +13,7 @@ from nca_kernels import cli
 from nca_kernels.experiments import toy
 from nca_kernels.experiments.align import Method, align
 from nca_kernels.experiments.tasks import TASKS
-from nca_kernels.losses import LOSSES
+from nca_kernels.loss_table import LOSSES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
 

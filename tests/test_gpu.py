@@ -7,6 +7,7 @@ import torch
 from oracle import assert_no_worse, plain_token_logps, value_and_grad
 
 import nca_kernels
+from nca_kernels.loss_table import LOSSES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -212,7 +213,7 @@ def launched(tmp_path):
     return names
 
 
-@pytest.mark.parametrize("name", ["nca", "info_nca", "dpo", "ipo", "kto"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_group_loss_is_one_launch_and_its_gradient_one_more(gpu, launched, name):
     """Backward is the product of the upstream gradient with the derivative that forward has computed."""
     logps = torch.randn(64, 4, device="cuda", requires_grad=True)

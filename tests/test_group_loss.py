@@ -9,9 +9,10 @@ from oracle import assert_no_worse
 
 import nca_kernels
 from nca_kernels import reference
+from nca_kernels.loss_table import LOSSES
 
-NAMES = ["info_nca", "nca", "dpo", "ipo", "kto"]
 TOL = 1e-6
+SHARED = ("beta", "mask", "reduction")  # what every loss takes
 
 
 def _batch(B, K, ragged, ties, seed=0):
@@ -29,6 +30,11 @@ def _batch(B, K, ragged, ties, seed=0):
     return logps, ref_logps, scores, mask, lengths, desirable
 
 
+def taken(name, options):
+    """Those of the options that the loss takes."""
+    return {key: value for key, value in options.items() if key in (*LOSSES[name].takes, *SHARED)}
+
+
 def _run(name, logps, ref_logps, scores, backend, upstream, **options):
     leaf = logps.clone().requires_grad_()
     out = nca_kernels.group_loss(name, leaf, ref_logps, scores, backend=backend, **options)
@@ -39,7 +45,7 @@ def _run(name, logps, ref_logps, scores, backend, upstream, **options):
 
 def _check(target, name, logps, ref_logps, scores, *, reduction="none", **options):
     """Against float64; the yardstick is the reference in float32, on the same float32 inputs."""
-    B = len(logps)
+    B, options = len(logps), taken(name, options)
     upstream = torch.randn(B) if reduction == "none" else torch.tensor(1.7)
     options["reduction"] = reduction
     to = target.device
@@ -57,7 +63,7 @@ def _check(target, name, logps, ref_logps, scores, *, reduction="none", **option
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("K", [1, 2, 4, 7])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_against_the_reference(target, name, K, ties, ragged):
     logps, ref_logps, scores, mask, lengths, desirable = _batch(9, K, ragged, ties, seed=K)
     for alpha in (0.0, 0.3, 1.0):
@@ -74,7 +80,7 @@ def test_against_the_reference(target, name, K, ties, ragged):
         _check(target, name, logps, ref_logps, scores, mask=mask, desirable=desirable, baseline=torch.tensor([-3.0]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_many_prompts_and_many_responses(target, name):
     """More prompts than one block of threads has, and more responses than a warp."""
     for B, K in ((2100, 2), (5, 67)):
@@ -85,10 +91,10 @@ def test_many_prompts_and_many_responses(target, name):
         _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, reduction="mean")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_what_masked_entries_hold_does_not_matter(target, name):
     logps, ref_logps, scores, mask, lengths, desirable = _batch(6, 4, True, False)
-    options = {"mask": mask, "lengths": lengths, "desirable": desirable}
+    options = taken(name, {"mask": mask, "lengths": lengths, "desirable": desirable})
     poisoned = [torch.where(mask, x, bad) for x, bad in ((logps, math.nan), (ref_logps, math.inf), (scores, math.inf))]
     to = target.device
     options = {k: v.to(to) for k, v in options.items()}
@@ -109,7 +115,7 @@ def test_nan_lengths_show(target):
     assert losses[0].isnan() and losses[1] == 25
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_extreme_scores_and_rewards(target, name):
     """Nothing overflows: scores of 1e4 at alpha 1e-3, implicit rewards of +-1e3."""
     logps = torch.tensor([[-1e4, -10.0, -5e3], [-10.0, -1e4, -10.0]])
@@ -131,7 +137,7 @@ def test_nothing_to_learn_from(target, name):
     assert (out.loss == 0).all() and (logps.grad == 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_no_prompt_at_all(target, name):
     logps = torch.randn(0, 4, device=target.device, requires_grad=True)
     for reduction in ("mean", "sum", "none"):
@@ -144,16 +150,23 @@ def test_named_functions_are_the_same(target):
         None if x is None else x.to(target.device) for x in _batch(5, 4, True, False)
     )
     options = {"beta": 0.3, "mask": mask, "reduction": "sum", "backend": target.name}
-    for name, extra in (
-        ("info_nca", {"alpha": 0.2}),
-        ("nca", {"alpha": 0.2}),
-        ("dpo", {"pairs": "all"}),
-        ("ipo", {"pairs": "all", "lengths": lengths}),
-        ("kto", {"desirable": desirable, "baseline": 0.5}),
-    ):
+    extras = {"alpha": 0.2, "pairs": "all", "lengths": lengths, "desirable": desirable, "baseline": 0.5}
+    for name in LOSSES:
+        extra = taken(name, extras)
         fixed = getattr(nca_kernels, f"{name}_loss")(logps, ref_logps, scores, **options, **extra)
         general = nca_kernels.group_loss(name, logps, ref_logps, scores, **options, **extra)
         assert torch.equal(fixed.loss, general.loss) and torch.equal(fixed.rewards, general.rewards)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("name", LOSSES)
+def test_integer_scores(target, name, dtype):
+    """Ratings are integers; they mean the floating-point numbers of the same value."""
+    logps, ref_logps, scores, mask, *_ = (None if x is None else x.to(target.device) for x in _batch(5, 4, True, True))
+    options = {"mask": mask, "reduction": "none", "backend": target.name}
+    whole, floating = (nca_kernels.group_loss(name, logps, ref_logps, s, **options) for s in (scores.to(dtype), scores))
+    assert torch.equal(whole.loss, floating.loss)
+    assert torch.equal(getattr(nca_kernels, f"{name}_loss")(logps, ref_logps, scores.to(dtype), **options).loss, whole.loss)
 
 
 def test_low_precision_log_probs_are_computed_in_float32(target):
@@ -203,5 +216,5 @@ def test_the_optimum_of_a_free_policy(target, name):
         assert torch.allclose(r, (4 * (scores / alpha).softmax(1)).log(), atol=2e-3)
 
 
-def test_every_loss_of_the_reference_is_tested():
-    assert set(NAMES) == set(reference.LOSSES)
+def test_the_reference_has_every_loss():
+    assert set(reference.FUNCTIONS) == set(LOSSES)

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nca_kernels import reference
-from nca_kernels.reference import LOSSES, group_loss, linear_token_logps, response_weights, token_logps
+from nca_kernels.loss_table import LOSSES
+from nca_kernels.reference import group_loss, linear_token_logps, response_weights, token_logps
+from nca_kernels.scores import best_scored, score_pairs
 
 F64 = torch.float64
 NAN, INF = math.nan, math.inf
@@ -170,7 +171,7 @@ def test_response_weights_at_alpha_zero_and_near_it():
     want = matrix([0, 1 / 2, 1 / 2, 0], [1 / 4] * 4, [0] * 4, [1, 0, 0, 0])
     for alpha in (0.0, 1e-3):
         torch.testing.assert_close(response_weights(scores, alpha, mask), want)
-    assert torch.equal(reference.best_scored(scores, mask), want > 0)
+    assert torch.equal(best_scored(scores, mask), want > 0)
 
 
 def test_response_weights_of_huge_scores_in_float32():
@@ -252,7 +253,7 @@ def test_pairwise_losses_are_means_of_pairs(name):
 def test_ties_are_no_pair():
     logps = randn(2, 4)
     scores = matrix([1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 1.0, 1.0])
-    better = reference.score_pairs(scores, torch.ones(2, 4, dtype=torch.bool), "best_vs_rest")
+    better = score_pairs(scores, torch.ones(2, 4, dtype=torch.bool), "best_vs_rest")
     assert better[0].sum() == 0
     assert better[1].nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]  # both best against both others
     for name, pairs in product(("dpo", "ipo"), ("best_vs_rest", "all")):

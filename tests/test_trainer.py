@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from nca_kernels import reference
 from nca_kernels.integrations.training.trainer import NCATrainer
-from nca_kernels.losses import LOSSES
+from nca_kernels.loss_table import LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 import nca_kernels
+from nca_kernels.loss_table import LOSSES
 
 CAPABILITIES = (80, 90, 100)
 VOCABULARIES = (32000, 128256)
 DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}
-LOSSES = ("info_nca", "nca", "dpo", "ipo", "kto")
 POINTERS = {"labels": "*i64", "mask": "*i1", "desirable": "*i1"}  # the others are float32, or of the logits' dtype
 FLOATS = ("inner", "softcap", "beta", "alpha", "factor")
 REGISTERS = 65536  # of a multiprocessor, on every one of these GPUs

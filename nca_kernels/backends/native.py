@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..loss_table import GroupLossArguments
 
 # The numbering of csrc/nca.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LOSSES = {"info_nca": 0, "nca": 1, "dpo": 2, "ipo": 3, "kto": 4}
-PAIRS = {"best_vs_rest": 0, "all": 1}
-REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def _numbers(names: tuple[str, ...]) -> dict[str, int]:
+    """The number of each enumerator of csrc/nca.h, by the name that the extension gives it."""
+    return {name: number for number, name in enumerate(names)}
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -45,6 +48,18 @@ class NativeBackend:
             return str(error)
         return ""
 
+    @cached_property
+    def _losses(self) -> dict[str, int]:
+        return _numbers(self._module.LOSSES)
+
+    @cached_property
+    def _pairs(self) -> dict[str, int]:
+        return _numbers(self._module.PAIRS)
+
+    @cached_property
+    def _reductions(self) -> dict[str, int]:
+        return _numbers(self._module.REDUCTIONS)
+
     def unsupported(self, op: str, device: torch.device, dtype: torch.dtype | None = None, loss: str | None = None) -> list[str]:
         reasons = []
         if device.type != self.NAME:
@@ -55,7 +70,7 @@ class NativeBackend:
             reasons.append(f"the extension nca_kernels._{self.NAME} cannot run here ({why})")
         if dtype is not None and dtype not in DTYPES:
             reasons.append(f"has no {dtype} kernel (it has {', '.join(map(str, DTYPES))})")
-        if loss is not None and loss not in LOSSES:
+        if loss is not None and not self._import_error and loss not in self._losses:
             reasons.append(f"has no kernel for the loss {loss!r}")
         return reasons
 
@@ -182,43 +197,26 @@ class NativeBackend:
             vocab_total=vocab_total,
         )
 
-    def group_loss_fwd(
-        self,
-        name: str,
-        logps: Tensor,
-        ref_logps: Tensor,
-        scores: Tensor,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        desirable: Tensor | None,
-        baseline: Tensor | None,
-        loss: Tensor,
-        rewards: Tensor,
-        dlogps: Tensor,
-        *,
-        beta: float,
-        alpha: float,
-        pairs: str,
-        reduction: str,
-    ) -> None:
+    def group_loss_fwd(self, arguments: GroupLossArguments, loss: Tensor, rewards: Tensor, dlogps: Tensor) -> None:
         """Write ``loss``, ``rewards`` and ``dlogps`` (see docs/architecture.md)."""
-        B, K = logps.shape
-        threads, device, stream = self._launch(logps)
+        q = arguments
+        B, K = q.logps.shape
+        threads, device, stream = self._launch(q.logps)
         self._module.group_loss_fwd(
-            name=LOSSES[name],
-            pairs=PAIRS[pairs],
-            reduction=REDUCTIONS[reduction],
+            name=self._losses[q.name],
+            pairs=self._pairs[q.pairs],
+            reduction=self._reductions[q.reduction],
             B=B,
             K=K,
-            logps=logps.data_ptr(),
-            ref_logps=ref_logps.data_ptr(),
-            scores=scores.data_ptr(),
-            mask=_address(mask),
-            lengths=_address(lengths),
-            desirable=_address(desirable),
-            baseline=_address(baseline),
-            beta=beta,
-            alpha=alpha,
+            logps=q.logps.data_ptr(),
+            ref_logps=q.ref_logps.data_ptr(),
+            scores=q.scores.data_ptr(),
+            mask=_address(q.mask),
+            lengths=_address(q.lengths),
+            desirable=_address(q.desirable),
+            baseline=_address(q.baseline),
+            beta=q.beta,
+            alpha=q.alpha,
             loss=loss.data_ptr(),
             rewards=rewards.data_ptr(),
             dlogps=dlogps.data_ptr(),

@@ -1,47 +1,48 @@
-"""Operator of ``group_loss``: ``logps``, ``ref_logps``, ``scores`` and ``mask`` are ``[B, K]``."""
+"""Operator of ``group_loss``: its arguments are those of :class:`~nca_kernels.loss_table.GroupLossArguments`."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..backends import BACKENDS
-from .library import LIBRARY, define, differentiable, no_second_derivative
+from ..loss_table import GroupLossArguments
+from .library import LIBRARY, define, differentiable, no_second_derivative, schema
+
+Results = tuple[Tensor, Tensor, Tensor]  # loss, rewards, dlogps
 
 
-@define(
-    "group_loss(Tensor logps, Tensor ref_logps, Tensor scores, Tensor? mask, Tensor? lengths, Tensor? desirable, "
-    "Tensor? baseline, str name, float beta, float alpha, str pairs, str reduction, str backend) "
-    "-> (Tensor loss, Tensor rewards, Tensor dlogps)"
-)
-def _group_loss(logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction, backend):
-    loss, rewards, dlogps = _group_loss_results(logps, reduction)
-    if logps.numel() == 0:  # nothing to launch; the mean over no prompt is 0, not 0 / 0
+@define(schema("group_loss", GroupLossArguments, "(Tensor loss, Tensor rewards, Tensor dlogps)"))
+def _group_loss(*values: Any) -> Results:
+    arguments = GroupLossArguments(*values)
+    loss, rewards, dlogps = _results(arguments)
+    if dlogps.numel() == 0:  # nothing to launch; the mean over no prompt is 0, not 0 / 0
         return loss.zero_(), rewards, dlogps
-    BACKENDS[backend].group_loss_fwd(
-        name, logps, ref_logps, scores, mask, lengths, desirable, baseline, loss, rewards, dlogps,
-        beta=beta, alpha=alpha, pairs=pairs, reduction=reduction,
-    )  # fmt: skip
+    BACKENDS[arguments.backend].group_loss_fwd(arguments, loss, rewards, dlogps)
     return loss, rewards, dlogps
 
 
-def _group_loss_results(logps, reduction):
-    loss = logps.new_empty(logps.shape[:1] if reduction == "none" else ())
+@torch.library.register_fake("nca_kernels::group_loss", lib=LIBRARY)
+def _group_loss_fake(*values: Any) -> Results:
+    return _results(GroupLossArguments(*values))
+
+
+def _results(arguments: GroupLossArguments) -> Results:
+    logps = arguments.logps
+    loss = logps.new_empty(logps.shape[:1] if arguments.reduction == "none" else ())
     return loss, torch.empty_like(logps), torch.empty_like(logps)
 
 
-@torch.library.register_fake("nca_kernels::group_loss", lib=LIBRARY)
-def _group_loss_fake(logps, ref_logps, scores, mask, lengths, desirable, baseline, name, beta, alpha, pairs, reduction, backend):
-    return _group_loss_results(logps, reduction)
-
-
-def _group_loss_setup(ctx, variables, constants, output):
+def _setup(ctx: Any, variables: tuple[Tensor], constants: tuple, output: Results) -> None:
     _, rewards, dlogps = output
     ctx.save_for_backward(dlogps)
     ctx.mark_non_differentiable(rewards, dlogps)
     ctx.set_materialize_grads(False)
 
 
-def _group_loss_backward(ctx, dloss, _drewards, _ddlogps):
+def _backward(ctx: Any, dloss: Tensor | None, _drewards: None, _ddlogps: None) -> tuple[Tensor | None]:
     if dloss is None:
         return (None,)
     if torch.is_grad_enabled():
@@ -50,4 +51,4 @@ def _group_loss_backward(ctx, dloss, _drewards, _ddlogps):
     return ((dloss.unsqueeze(-1) if dloss.ndim else dloss) * dlogps,)
 
 
-group_loss = differentiable(_group_loss, 1, _group_loss_setup, _group_loss_backward)
+group_loss = differentiable(_group_loss, 1, _setup, _backward)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("nca_kernels", "DEF")
+
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", float: "float"}
+
+
+def schema(name: str, arguments: type[tuple], results: str) -> str:
+    """The schema of an operator whose arguments are the fields of a named tuple."""
+    fields = (f"{SCHEMA_TYPES[hint]} {field}" for field, hint in get_type_hints(arguments).items())
+    return f"{name}({', '.join(fields)}) -> {results}"
 
 
 def define(schema: str):

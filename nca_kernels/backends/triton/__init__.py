@@ -8,11 +8,12 @@ import os
 
 import torch
 
+from ...loss_table import LOSSES
+
 NAME = "triton"
 
 _OPS = ("token_logps", "group_loss", "linear_token_logps")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOSSES = ("info_nca", "nca", "dpo", "ipo", "kto")
 _MIN_CAPABILITY = (8, 0)  # bfloat16 arithmetic
 
 
@@ -23,8 +24,8 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype | None, loss: 
         reasons.append(f"it has no {op!r}, only {', '.join(_OPS)}")
     if dtype is not None and dtype not in _DTYPES:
         reasons.append(f"{dtype} is not among {', '.join(map(str, _DTYPES))}")
-    if loss is not None and loss not in _LOSSES:
-        reasons.append(f"it has no loss {loss!r}, only {', '.join(_LOSSES)}")
+    if loss is not None and not LOSSES[loss].has_kernels:
+        reasons.append(f"it has no kernel for the loss {loss!r}")
     return reasons
 
 

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...loss_table import GroupLossArguments
+
 _TILE = 512  # four elements for each thread of the program's four warps
 _NUM_WARPS = 4
 
@@ -199,44 +201,28 @@ def _launch(K: int) -> dict[str, int | bool]:
     }
 
 
-def group_loss_fwd(
-    name: str,
-    logps: torch.Tensor,  # [B, K] float32, and so the next two
-    ref_logps: torch.Tensor,
-    scores: torch.Tensor,
-    mask: torch.Tensor | None,  # [B, K] bool
-    lengths: torch.Tensor | None,  # [B, K] float32
-    desirable: torch.Tensor | None,  # [B, K] bool
-    baseline: torch.Tensor | None,  # one float32
-    loss: torch.Tensor,  # one float32, or [B] for reduction "none"; out
-    rewards: torch.Tensor,  # [B, K] float32, out
-    dlogps: torch.Tensor,  # [B, K] float32, out
-    *,
-    beta: float,
-    alpha: float,
-    pairs: str,
-    reduction: str,
-) -> None:
-    B, K = logps.shape
-    with torch.cuda.device_of(logps):
+def group_loss_fwd(arguments: GroupLossArguments, loss: torch.Tensor, rewards: torch.Tensor, dlogps: torch.Tensor) -> None:
+    """Write ``loss``, one float32 or [B] for reduction "none", ``rewards`` and ``dlogps``, both float32 [B, K]."""
+    (B, K), q = arguments.logps.shape, arguments
+    with torch.cuda.device_of(q.logps):
         _group_loss_fwd_kernel[(1,)](
-            logps,
-            ref_logps,
-            scores,
-            mask,
-            lengths,
-            desirable,
-            baseline,
+            q.logps,
+            q.ref_logps,
+            q.scores,
+            q.mask,
+            q.lengths,
+            q.desirable,
+            q.baseline,
             loss,
             rewards,
             dlogps,
             B,
             K,
-            float(beta),
-            float(alpha),
-            1.0 / max(B, 1) if reduction == "mean" else 1.0,
-            LOSS=name,
-            PAIRS=pairs,
-            REDUCED=reduction != "none",
+            float(q.beta),
+            float(q.alpha),
+            1.0 / max(B, 1) if q.reduction == "mean" else 1.0,
+            LOSS=q.name,
+            PAIRS=q.pairs,
+            REDUCED=q.reduction != "none",
             **_launch(K),
         )

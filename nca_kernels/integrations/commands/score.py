@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from ...reference import score_pairs
+from ...scores import score_pairs
 from ..data.collator import GroupCollator, group_logps
 from ..data.load import load_groups
 from ..data.tokenize import tokenize_groups

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from torch import Tensor
 from transformers import TrainingArguments
 
 from ... import checks
-from ...losses import LOSSES
+from ...loss_table import LOSSES, PAIRS
 from ..data.rows import RowOptions
 
 REFERENCES = ("precompute", "model")
@@ -79,7 +81,7 @@ class NCAConfig(TrainingArguments):
         checks.one_of("loss", self.loss, LOSSES)
         checks.positive("beta", self.beta)
         checks.non_negative("alpha", self.alpha)
-        checks.one_of("pairs", self.pairs, ("best_vs_rest", "all"))
+        checks.one_of("pairs", self.pairs, PAIRS)
         checks.one_of("reference", self.reference, REFERENCES)
         for name, low in (("num_responses", 2), ("max_length", 4), ("max_prompt_length", 2), ("save_budget", 0)):
             value = getattr(self, name)
@@ -98,6 +100,11 @@ class NCAConfig(TrainingArguments):
             raise ValueError("accelerator_config: got dispatch_batches True, wanted False: ragged batches cannot be dealt out")
         if self.reference_cache_dir is None:
             self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "_reference_cache"))
+
+    def loss_options(self, **of_batch: Tensor | None) -> dict[str, Any]:
+        """The keyword arguments of :func:`nca_kernels.group_loss` that the loss takes, from the configuration and the batch."""
+        given = {"alpha": self.alpha, "pairs": self.pairs, **of_batch}
+        return {"beta": self.beta} | {name: given[name] for name in LOSSES[self.loss].takes if name in given}
 
     def row_options(self) -> RowOptions:
         """The keys that say how rows are prepared."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...reference import score_pairs
+from ...scores import score_pairs
 
 # Each the quotient of a sum and a count.
 _SCALARS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best", "logps/worst", "logps/best_change", "kl")

@@ -1,0 +1,43 @@
+"""The losses, pairs and reductions of ``group_loss`` by name, and its operator's arguments. Every layer may import it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Loss(NamedTuple):
+    """What callers and backends need to know about a loss; its mathematics is in ``reference.py``."""
+
+    takes: tuple[str, ...]  # its arguments, beside those that every loss takes
+    has_kernels: bool = True  # False: it runs on backend "torch" alone
+
+
+LOSSES = {
+    "info_nca": Loss(takes=("alpha",)),
+    "nca": Loss(takes=("alpha",)),
+    "dpo": Loss(takes=("pairs",)),
+    "ipo": Loss(takes=("pairs", "lengths")),
+    "kto": Loss(takes=("desirable", "baseline")),
+}
+PAIRS = ("best_vs_rest", "all")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class GroupLossArguments(NamedTuple):
+    """The arguments of the operator ``group_loss``, in the order of its schema, as the backends read them."""
+
+    logps: Tensor  # [B, K], as every tensor here but baseline; contiguous, float32
+    ref_logps: Tensor
+    scores: Tensor
+    mask: Tensor | None  # bool; None: every response is valid
+    lengths: Tensor | None  # None: 1
+    desirable: Tensor | None  # bool; None: the best-scored responses
+    baseline: Tensor | None  # [1]; None: 0
+    name: str
+    beta: float
+    alpha: float  # 0 for a loss that takes none: uniform weights over the best-scored responses
+    pairs: str
+    reduction: str
+    backend: str
