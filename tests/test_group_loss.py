@@ -9,7 +9,8 @@ from oracle import assert_no_worse
 
 import nca_kernels
 from nca_kernels import reference
-from nca_kernels.loss_table import LOSSES
+from nca_kernels.backends import BACKENDS
+from nca_kernels.loss_table import LOSSES, PAIRS, REDUCTIONS
 
 TOL = 1e-6
 SHARED = ("beta", "mask", "reduction")  # what every loss takes
@@ -219,3 +220,11 @@ def test_the_optimum_of_a_free_policy(target, name):
 
 def test_the_reference_has_every_loss():
     assert set(reference.FUNCTIONS) == set(LOSSES)
+
+
+def test_the_extension_has_the_names_of_the_table(kernels):
+    if kernels.name == "triton":
+        pytest.skip("no extension: its kernel reads the names themselves")
+    module = BACKENDS[kernels.name]._module
+    assert set(module.LOSSES) == {name for name, loss in LOSSES.items() if loss.has_kernels}
+    assert set(module.PAIRS) == set(PAIRS) and set(module.REDUCTIONS) == set(REDUCTIONS)

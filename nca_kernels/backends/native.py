@@ -46,7 +46,7 @@ class NativeBackend:
             _ = self._module
         except ImportError as error:
             return str(error)
-        return ""
+        return "" if hasattr(self._module, "LOSSES") else "it was built from older sources, build it again"
 
     @cached_property
     def _losses(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 from oracle import DTYPES, assert_no_worse, plain_token_logps, value_and_grad
 
 from nca_kernels.backends.native import NativeBackend
+from nca_kernels.loss_table import GroupLossArguments
 
 TOL = 1e-6
 SETTINGS = {"ignore_index": -100, "scale": 1.0, "softcap": None}
@@ -116,10 +117,11 @@ def test_more_prompts_than_a_block_has_threads(B):
     for reduction in ("none", "sum", "mean"):
         losses[reduction] = torch.empty(B if reduction == "none" else 1)
         grads[reduction] = torch.empty(B, 4)
-        cuda.group_loss_fwd(
-            "nca", logps, ref_logps, scores, None, None, None, None, losses[reduction], torch.empty(B, 4), grads[reduction],
-            beta=0.3, alpha=0.7, pairs="all", reduction=reduction,
+        arguments = GroupLossArguments(
+            logps, ref_logps, scores, None, None, None, None,
+            name="nca", beta=0.3, alpha=0.7, pairs="all", reduction=reduction, backend="cuda",
         )  # fmt: skip
+        cuda.group_loss_fwd(arguments, losses[reduction], torch.empty(B, 4), grads[reduction])
     assert (losses["none"] > 0).all()
     total = losses["none"].double().sum()
     assert losses["sum"].item() == pytest.approx(total.item(), rel=1e-7)
