@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint sanitize dist clean
+.PHONY: install demo test test-long lint sanitize dist clean
 
 # Reinstalled when the pins or the sources of the extension change.
 install: $(VENV)/.installed
@@ -19,8 +19,15 @@ $(VENV)/.installed: requirements-torch.txt requirements.txt pyproject.toml setup
 demo: install
 	$(BIN)/python -m nca_kernels demo
 
+# A process for each core, at most eight; a file's tests stay together, since they share what is slow to make.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --require-backend=cpu,triton,torch
+
 test: install
-	$(BIN)/python -m pytest --require-backend=cpu,triton,torch
+	$(PYTEST)
+
+# Tests of minutes: killed runs, modes of distributed training, statistical power.
+test-long: install
+	$(PYTEST) -m long
 
 lint: install
 	$(BIN)/ruff format --check .

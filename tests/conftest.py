@@ -2,6 +2,10 @@
 
 import os
 
+# One thread, here and in the processes that tests start, unless it is set: most tests are too small for two, which then wait for
+# each other, ten times as long on a busy machine. test_ops.py holds the kernels to the same bits on one to four threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -10,8 +14,6 @@ if not torch.cuda.is_available():
 import pytest
 
 from nca_kernels.backends import BACKENDS
-
-torch.set_num_threads(2)
 
 
 def pytest_addoption(parser):
@@ -67,12 +69,3 @@ def kernels(request):
 def default_dispatch(monkeypatch):
     """The dispatch of a user, for whom Triton's interpreter is not on."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For models too small for two threads: their waiting for each other takes ten times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ TRAINERS = f"nca_kernels {resolve('linear_token_logps', None, torch.device('cpu'
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, one_thread):
+def quick(monkeypatch):
     """No half a minute of compiling for torch.compile's peer."""
 
     def refuse(*_, **__):

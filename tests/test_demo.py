@@ -15,14 +15,14 @@ from nca_kernels.experiments.align import Method, align
 from nca_kernels.experiments.tasks import TASKS
 from nca_kernels.loss_table import LOSSES
 
-pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
+pytestmark = pytest.mark.usefixtures("default_dispatch")
 
 
 SUMS, CHAINS = TASKS["sums"], TASKS["chains"]
 
 
 @pytest.fixture(scope="module")
-def world(one_thread):
+def world():
     """A model that knows nothing, and rewarded samples of it: nearly every prompt's differ by a lucky digit."""
     generator = torch.Generator().manual_seed(0)
     model = toy.build_model(0, hidden_size=16)

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 PYTHON_PAGES = [page for page in PAGES if blocks(page, "python") and page.name != "guide.md"]
 
 
-@pytest.mark.usefixtures("one_thread", "default_dispatch")
+@pytest.mark.usefixtures("default_dispatch")
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
@@ -54,7 +54,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, folder, monkeypatch)
         exec(compile(block, page.name, "exec"), names)
 
 
-@pytest.mark.usefixtures("one_thread", "default_dispatch")
+@pytest.mark.usefixtures("default_dispatch")
 def test_the_readmes_training_run(folder, monkeypatch):
     from nca_kernels import cli
 

@@ -27,7 +27,7 @@ from nca_kernels.integrations.data import rows
 from nca_kernels.integrations.training import trainer
 from nca_kernels.integrations.training.config import NCAConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread", "default_dispatch")
+pytestmark = pytest.mark.usefixtures("default_dispatch")
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

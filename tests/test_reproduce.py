@@ -29,8 +29,8 @@ SEARCHED = [contender for contender in CONTENDERS if contender.loss and not cont
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread(one_thread):
-    """As it runs: without Triton's interpreter, too."""
+def without_interpreter():
+    """As a user runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
@@ -41,7 +41,7 @@ def records(folder):
 
 
 @pytest.fixture(scope="module")
-def quick(one_thread, tmp_path_factory):
+def quick(without_interpreter, tmp_path_factory):
     """The folder of a whole quick reproduction whose first program was killed, and the records that it had left."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     arguments = ["reproduce", "all", "--quick", "--out", str(out)]
@@ -85,7 +85,7 @@ def test_nothing_is_left_to_do(quick, monkeypatch, capsys):
 
 def test_a_run_is_a_function_of_its_settings(quick):
     trial = next(contender for contender in CONTENDERS if contender.loss == "kto").trials(1, QUICK.size)[0]
-    kept = runs.stored(trial, quick[0] / "runs")
+    kept = runs.load(trial, quick[0] / "runs")
     again = runs.execute(trial)
     assert {**again, "seconds": 0} == {**kept, "seconds": 0}
     assert kept["settings"] == asdict(trial)
@@ -105,9 +105,9 @@ def test_a_record_is_small_and_its_own_summary(quick):
 def test_half_a_record_is_none(tmp_path):
     trial = DPO.trials(1, QUICK.size)[0]
     (tmp_path / f"{trial.name}.part").write_text('{"settings": {')
-    assert runs.stored(trial, tmp_path) is None
+    assert not runs.is_stored(trial, tmp_path)
     runs.store({"reward": 1}, trial, tmp_path)
-    assert runs.stored(trial, tmp_path) == {"reward": 1}
+    assert runs.is_stored(trial, tmp_path) and runs.load(trial, tmp_path) == {"reward": 1}
     assert [file.name for file in tmp_path.iterdir()] == [f"{trial.name}.json"]
 
 
@@ -167,7 +167,7 @@ def table_of(name, outcomes):
 def test_the_best_trial_is_taken(invented):
     outcomes, folder = invented
     for contender in SEARCHED:
-        trials = [runs.stored(trial, folder / "runs") for trial in contender.trials(16, Scale().size)]
+        trials = [runs.load(trial, folder / "runs") for trial in contender.trials(16, Scale().size)]
         rewards = [trial["reward"] for trial in trials]
         assert asdict(outcomes[contender.name].method) == trials[rewards.index(max(rewards))]["settings"]["method"]
     for name in ("DPO at beta 0.1", "pairwise NCA at beta 0.1"):
@@ -200,7 +200,7 @@ def test_table1_is_what_the_files_say(invented):
         ours = of(folder, outcomes[name].method)
         assert row["reward"] == shown([r["reward"] for r in ours])
         assert row["exact"] == shown([(digits(r) == 4).mean() for r in ours])
-        trials = [runs.stored(trial, folder / "runs")["reward"] for trial in outcomes[name].contender.trials(16, Scale().size)]
+        trials = [runs.load(trial, folder / "runs")["reward"] for trial in outcomes[name].contender.trials(16, Scale().size)]
         assert row["rewards in the search"] == (f"{min(trials):.3f} to {max(trials):.3f}" if trials else "")
         if name == "DPO":
             continue

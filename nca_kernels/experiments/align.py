@@ -1,14 +1,15 @@
-"""One alignment run: a method and rewarded samples in, an aligned model and its curves out."""
+"""One alignment run: from a method and rewarded samples to an aligned model and its curves."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nca_kernels import token_logps
 
@@ -21,7 +22,7 @@ from .toy import Preferences, response_logps
 
 @dataclass(frozen=True)
 class Method:
-    """What the paper varies: the loss, and how many of a prompt's responses it sees."""
+    """What the paper varies: the loss, its parameters, and the number of responses of a prompt that it sees."""
 
     loss: str
     K: int = 4
@@ -33,13 +34,13 @@ class Method:
 
 @dataclass
 class Curves:
-    """The loss of every step; at every one of ``steps``, the log-probs of held-out best and worst responses."""
+    """The loss of every step, and the log-probs of held-out best and worst responses at each of ``steps``."""
 
     loss: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     chosen: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)
-    loss_time_share: list[float] = field(default_factory=list)  # of each step, in the head and the loss, forward and backward
+    loss_time_share: list[float] = field(default_factory=list)  # share of each step's time in the head and the loss
 
 
 def align(
@@ -89,7 +90,7 @@ def align(
 class _LogitsTrainer(NCATrainer):
     """Computes log-probs from the model's logits, for comparison."""
 
-    def compute_logps(self, model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    def compute_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         return group_logps(token_logps(logits, batch["labels"], shift=1), batch)
 
@@ -98,26 +99,27 @@ _TRAINERS = {"linear": NCATrainer, "logits": _LogitsTrainer}
 
 
 class _Recorder(TrainerCallback):
-    """Fills :class:`Curves` while a trainer runs that logs every step."""
+    """Fills :class:`Curves` during a training that logs every step."""
 
     def __init__(self, ends: Preferences, path: str, bar: tqdm) -> None:
         self.curves = Curves()
         self._ends, self._path, self._bar = ends, path, bar
 
-    def on_train_begin(self, args, state, control, model, **kwargs) -> None:
-        self._probe(model, 0)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._probe(kwargs["model"], 0)
 
-    # Not at the end of the step: the time of the probe would be taken for the step's.
-    def on_log(self, args, state, control, logs, model, **kwargs) -> None:
+    # Not in on_step_end: the time of the probe would count as the step's.
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" not in logs:
             return
         self.curves.loss.append(logs["loss"])
         self.curves.loss_time_share.append(logs["loss_time_share"])
         if state.global_step % max(state.max_steps // 20, 1) == 0:
-            self._probe(model, state.global_step)
+            self._probe(kwargs["model"], state.global_step)
         self._bar.update()
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.close()
 
     def _probe(self, model: LlamaForCausalLM, step: int) -> None:

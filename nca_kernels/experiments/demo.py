@@ -1,4 +1,4 @@
-"""The main job: teach a small Llama sums, sample answers, reward them, and align it by NCA, InfoNCA and DPO."""
+"""The demo: a small Llama learns sums; its sampled answers are rewarded, and it is aligned by NCA, InfoNCA and DPO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import datasets
 import torch
@@ -26,8 +27,8 @@ from .world import Size, World, make_world
 
 TASK = TASKS["sums"]
 
-# One beta, alpha and learning rate for all, tuned for none. beta decides much: at 0.1 DPO and InfoNCA ended far below the
-# start, at 0.5 all three ended above it, three points of exact answers apart. 0.3 lies between.
+# Every method has the same beta, alpha and learning rate, tuned for none. The result depends on beta: at 0.1 DPO and InfoNCA end
+# far below the start, at 0.5 all three end above it, three points of exact answers apart. 0.3 lies between.
 METHODS = {
     "NCA": Method("nca"),
     "InfoNCA": Method("info_nca"),
@@ -39,10 +40,10 @@ FULL = Size()
 QUICK = Size(hidden_size=16, taught=640, rewarded=40, probed=10, tested=20, steps=4, batch_size=4)
 
 
-def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FULL, progress: bool = True) -> dict:
-    """Run it all, print the table, write ``figure2.png`` and ``demo.json`` to ``out``; returns what the JSON holds."""
-    out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be is no minutes' loss
-    # Steps of 0.1 s gain little from a second thread, and took 8 times as long where other programs shared its core.
+def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FULL, progress: bool = True) -> dict[str, Any]:
+    """Run the demo, print the table, write ``figure2.png`` and ``demo.json`` to ``out``; returns the content of the JSON."""
+    out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be made fails at once
+    # Steps of 0.1 s gain little from a second thread, and take 8 times as long if other programs share its core.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()  # of the preparation of a few thousand rows
     seconds: dict[str, float] = {}
@@ -50,13 +51,20 @@ def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FUL
         world = make_world(TASK, seed, size, path=path, progress=progress)
     start = _evaluate(world.reference, world, seed)
 
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
         with _timed(name, seconds):
             model, curves = align(
-                world.reference, world.train, world.probe, method,
-                seed=seed, steps=size.steps, batch_size=size.batch_size, path=path, progress=progress,
-            )  # fmt: skip
+                world.reference,
+                world.train,
+                world.probe,
+                method,
+                seed=seed,
+                steps=size.steps,
+                batch_size=size.batch_size,
+                path=path,
+                progress=progress,
+            )
             results[name] = {"method": asdict(method), "after": _evaluate(model, world, seed), "curves": asdict(curves)}
 
     result = {
@@ -86,7 +94,7 @@ def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FUL
 
 
 def _evaluate(model: LlamaForCausalLM, world: World, seed: int) -> dict[str, float]:
-    """Mean reward and share of exact answers of one sample a prompt."""
+    """Mean reward and share of exact answers, of one sample for each prompt."""
     scores = rewards(model, TASK, world.test, torch.Generator().manual_seed(seed))
     return {"reward": scores.mean().item(), "exact": (scores == 1).float().mean().item()}
 
@@ -98,8 +106,8 @@ def _timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[part] = round(time.perf_counter() - start, 1)
 
 
-def table(result: dict) -> str:
-    """What came out, as text."""
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
     size, start = result["size"], result["start"]
     rows = [("", "reward", "exact", "chosen log-prob", "rejected log-prob", "in the loss", "time")]
     rows.append(("supervised", f"{start['reward']:.3f}", f"{start['exact']:.1%}", "", "", "", ""))

@@ -1,22 +1,23 @@
-"""Pictures: the log-probs of chosen and rejected responses over the training, and a point for each seed's result."""
+"""Figures: log-probs of chosen and rejected responses during training, and results with a point for each seed."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# From Okabe and Ito's palette: told apart with any colour vision.
+# From the palette of Okabe and Ito, which is distinguishable with any colour vision.
 COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
 
 
-def draw_curves(curves: dict[str, list[dict]], path: Path) -> None:
-    """The paper's Figure 2. ``curves``: for each method those of its seeds, ``steps``, ``chosen`` and ``rejected``.
+def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the paper's Figure 2. ``curves`` holds ``steps``, ``chosen`` and ``rejected`` of every seed of each method.
 
-    A line is the mean over the seeds; the band goes from the lowest to the highest, each moved to the mean of their starts:
-    what a method does to a seed's model would drown in how far the seeds' models are apart.
+    A line is the mean over the seeds, and the band reaches from the lowest to the highest. Each curve is moved to the mean of the
+    starts, because the seeds' models differ more than a method changes them.
     """
     figure = _figure(9, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
@@ -36,7 +37,7 @@ def draw_curves(curves: dict[str, list[dict]], path: Path) -> None:
 
 
 def draw_points(results: dict[str, list[float]], label: str, path: Path) -> None:
-    """A row for each method, a point for each seed, a bar at their mean; ``label`` says what is measured."""
+    """Draw a row for each method with a point for each seed and a bar at their mean; ``label`` names the quantity."""
     figure = _figure(7, 0.9 + 0.36 * len(results))
     axes = figure.subplots()
     for row, values in enumerate(results.values()):

@@ -1,4 +1,4 @@
-"""The tables of the paper, from the records of the runs."""
+"""The tables and figures of the paper, from the records of the runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from .align import Method
 from .figure import draw_curves, draw_points
@@ -15,12 +16,12 @@ from .tasks import TASKS
 
 @dataclass(frozen=True)
 class Outcome:
-    """A contender's tuned method, the records of its search, and of that method, one a seed."""
+    """A contender's tuned method, the records of its search, and one record of that method for each seed."""
 
     contender: Contender
     method: Method | None
-    trials: list[dict]
-    records: list[dict]
+    trials: list[dict[str, Any]]
+    records: list[dict[str, Any]]
 
     def rewards(self) -> list[float]:
         return [record["reward"] for record in self.records]
@@ -37,7 +38,7 @@ class Outcome:
         return [moved(record, which) for record in self.records]
 
     def parameters(self) -> list[str]:
-        """K, beta, alpha and learning rate, where the method reads them."""
+        """K, beta, alpha and learning rate, each empty if the method does not read it."""
         if self.method is None:
             return ["", "", "", ""]
         alpha = f"{self.method.alpha:g}" if self.method.loss in ("nca", "info_nca") else ""
@@ -49,20 +50,20 @@ Outcomes = dict[str, Outcome]
 
 @dataclass(frozen=True)
 class Report:
-    """What it compares; its table, in Markdown; its picture."""
+    """What is compared, how its Markdown table is made, and how its figure is drawn."""
 
     contenders: tuple[Contender, ...]
     table: Callable[[Outcomes], str]
     draw: Callable[[Outcomes, Path], None]
 
 
-def moved(record: dict, which: str) -> float:
-    """How far the held-out log-probs of the ``chosen`` or ``rejected`` responses moved over the training."""
+def moved(record: dict[str, Any], which: str) -> float:
+    """The change of the held-out log-probs of the ``chosen`` or ``rejected`` responses during training."""
     return record["curves"][which][-1] - record["curves"][which][0]
 
 
 def win_rates(outcome: Outcome, against: Outcome) -> list[float]:
-    """How often its sample has the higher reward for the same prompt; ties count half."""
+    """For each seed, how often its sample has the higher reward for the same prompt; ties count half."""
     rates = []
     for ours, theirs in zip(outcome.records, against.records, strict=True):
         prompts = list(zip(ours["rewards"], theirs["rewards"], strict=True))
@@ -139,18 +140,8 @@ def _table3(outcomes: Outcomes) -> str:
             gains = (paired(getattr(outcome, how)(), getattr(supervised, how)()) for how in ("rewards", "greedy"))
             changes = [*gains, spread(outcome.moved("chosen"), 2, "+")]
         rows.append([name, *outcome.parameters(), spread(outcome.rewards()), spread(outcome.greedy()), *changes])
-    columns = [
-        "",
-        "K",
-        "beta",
-        "alpha",
-        "lr",
-        "accuracy, sampled",
-        "likeliest",
-        "sampled less SFT's",
-        "likeliest less SFT's",
-    ]
-    return markdown(" | ".join([*columns, "chosen log-prob, change"]), rows)
+    header = " | K | beta | alpha | lr | accuracy, sampled | likeliest | sampled less SFT's | likeliest less SFT's"
+    return markdown(f"{header} | chosen log-prob, change", rows)
 
 
 def _draw_figure2(outcomes: Outcomes, path: Path) -> None:
@@ -184,7 +175,7 @@ REASONING = (
     Contender("+ DPO", "dpo", K=2, task="chains"),
     Contender("+ NCA", "nca", K=2, pairwise=True, task="chains"),
 )
-# The usual beta of DPO, and the learning rate of the demo. alpha is no matter here.
+# The usual beta of DPO, and the learning rate of the demo. alpha is not read here.
 UNTUNED = (0.1, 0.0, 1e-4)
 AT_USUAL_BETA = (
     Contender("DPO at beta 0.1", "dpo", K=2, given=UNTUNED),

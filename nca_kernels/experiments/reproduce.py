@@ -1,9 +1,10 @@
-"""The paper's experiments in small: ``nca-kernels reproduce``. Every run is kept as it ends, and is done once."""
+"""The paper's experiments in small: ``nca-kernels reproduce``. The record of every run is kept, and a run is done once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -37,8 +38,8 @@ QUICK = Scale(
 def run(what: str, out: Path, quick: bool = False) -> None:
     """Do the runs that ``out/runs`` lacks; write ``out/NAME.md`` and ``out/NAME.png`` of each table or figure."""
     scale = QUICK if quick else Scale()
-    torch.set_num_threads(1)  # a run's numbers hang on the order of its sums
-    datasets.disable_progress_bars()  # each run would show some
+    torch.set_num_threads(1)  # a run's numbers depend on the order of its sums
+    datasets.disable_progress_bars()  # every run would show several
     names = list(REPORTS) if what == "all" else [what]
     out.mkdir(parents=True, exist_ok=True)
     contenders = list(dict.fromkeys(contender for name in names for contender in REPORTS[name].contenders))
@@ -56,7 +57,7 @@ def compare(contenders: list[Contender], folder: Path, scale: Scale) -> Outcomes
     """Tune each contender, then run it at its best with every seed."""
     trials = {contender: contender.trials(scale.draws, scale.size) for contender in contenders}
     total = sum(map(len, trials.values())) + len(contenders) * len(scale.seeds)
-    # The average over all runs so far: worlds come at irregular times.
+    # No smoothing: the time of a run varies, since some make their world first.
     with tqdm(total=total, desc="runs", smoothing=0) as bar:
         searched = _do(trials, folder, bar)
         tuned = {contender: contender.tuned(searched[contender]) for contender in contenders}
@@ -70,15 +71,16 @@ def compare(contenders: list[Contender], folder: Path, scale: Scale) -> Outcomes
     }
 
 
-def _do(wanted: dict[Contender, list[Settings]], folder: Path, bar: tqdm) -> dict[Contender, list[dict]]:
-    """The records of all these runs, done in an order in which those of one world follow each other."""
+def _do(wanted: dict[Contender, list[Settings]], folder: Path, bar: tqdm) -> dict[Contender, list[dict[str, Any]]]:
+    """Do the runs that ``folder`` lacks, those of one world in a row; the records of all ``wanted``."""
     everything = [settings for of_one in wanted.values() for settings in of_one]
     for settings in sorted(everything, key=lambda settings: (settings.task != "sums", settings.seed)):
-        if runs.stored(settings, folder):
-            bar.total -= 1  # the time left is that of the runs that are to be done
+        if runs.is_stored(settings, folder):
+            assert bar.total is not None
+            bar.total -= 1  # the bar estimates the time of the runs that are left
             bar.refresh()
             continue
         bar.set_postfix_str(settings.name)
         runs.store(runs.execute(settings), settings, folder)
         bar.update()
-    return {contender: [runs.stored(settings, folder) for settings in of_one] for contender, of_one in wanted.items()}
+    return {contender: [runs.load(settings, folder) for settings in of_one] for contender, of_one in wanted.items()}

@@ -1,4 +1,4 @@
-"""One run of the paper's experiments: a pure function of its settings, whose record is kept in a file as it ends."""
+"""One run of the paper's experiments: a pure function of its settings. Its record is written to a file when it ends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,40 +30,55 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Of the record's file: what a reader looks for, and a digest of all the rest."""
+        """Name of the record's file: what a reader looks for, and a digest of all settings."""
         method = f"{self.method.loss}-{self.method.K}" if self.method else "supervised"
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task}-{method}-{self.split}-{self.seed}-{digest}"
 
 
-def stored(settings: Settings, folder: Path) -> dict | None:
+def is_stored(settings: Settings, folder: Path) -> bool:
+    """Whether this run has ended before."""
+    return _file(settings, folder).exists()
+
+
+def load(settings: Settings, folder: Path) -> dict[str, Any]:
     """The record of a run that has ended."""
-    file = folder / f"{settings.name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return json.loads(_file(settings, folder).read_text())
 
 
-def store(record: dict, settings: Settings, folder: Path) -> None:
-    """Whole or not at all: a killed program leaves no half of a file that the next one would read."""
+def store(record: dict[str, Any], settings: Settings, folder: Path) -> None:
+    """Write the record, whole or not at all: a killed program leaves no half of a file for the next one to read."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{settings.name}.part"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(folder / f"{settings.name}.json")
+    unfinished.replace(_file(settings, folder))
 
 
-def execute(settings: Settings) -> dict:
-    """Run it. Log-probs are means over held-out problems; ``rewards`` has one digit a problem, in units of 1 / levels."""
+def _file(settings: Settings, folder: Path) -> Path:
+    return folder / f"{settings.name}.json"
+
+
+def execute(settings: Settings) -> dict[str, Any]:
+    """Do the run and return its record.
+
+    Log-probs are means over held-out problems; ``rewards`` has one digit for each problem, in units of 1 / levels.
+    """
     began = time.perf_counter()
     task, size = TASKS[settings.task], settings.size
     world = _world(settings.task, settings.seed, size)
     problems = getattr(world, settings.split)
+    model, curves = world.reference, None
     if settings.method:
-        model, curves = align(
-            world.reference, world.train, world.probe, settings.method,
-            seed=settings.seed, steps=size.steps, batch_size=size.batch_size,
-        )  # fmt: skip
-        curves = {which: _rounded(getattr(curves, which)) for which in ("steps", "chosen", "rejected")}
-    else:
-        model, curves = world.reference, None
+        model, recorded = align(
+            world.reference,
+            world.train,
+            world.probe,
+            settings.method,
+            seed=settings.seed,
+            steps=size.steps,
+            batch_size=size.batch_size,
+        )
+        curves = {which: _rounded(getattr(recorded, which)) for which in ("steps", "chosen", "rejected")}
     sampled = rewards(model, task, problems, torch.Generator().manual_seed(settings.seed))
     likeliest = rewards(model, task, problems, None)
     return {
@@ -79,7 +95,7 @@ def execute(settings: Settings) -> dict:
     }
 
 
-# Consecutive runs share their world: it takes longer than they do.
+# Consecutive runs share their world, which takes longer to make than a run takes.
 @lru_cache(maxsize=1)
 def _world(task: str, seed: int, size: Size) -> World:
     return make_world(TASKS[task], seed, size)

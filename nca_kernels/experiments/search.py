@@ -1,4 +1,4 @@
-"""What is compared, and how each of it is tuned: the same draws of beta, alpha and learning rate, on one validation split."""
+"""What is compared, and how it is tuned: every method tries the same draws of its parameters on one validation split."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RANGES = {"beta": (0.1, 3.0), "alpha": (0.05, 1.0), "lr": (4e-5, 4e-4)}
 class Contender:
     """A method before its tuning.
 
-    ``loss`` None is the supervised model. ``pairwise``: the scores say which response is best and no more (alpha 0).
-    ``given``: beta, alpha and learning rate, in place of a search.
+    ``loss`` None is the supervised model. With ``pairwise`` the scores only say which response is best (alpha 0). ``given`` holds
+    beta, alpha and learning rate; then there is no search.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Contender:
 
     def at(self, beta: float, alpha: float, lr: float) -> Method:
         """The method with these parameters."""
+        assert self.loss is not None, "the supervised model has no parameters"
         return Method(self.loss, self.K, beta, 0.0 if self.pairwise else alpha, self.pairs, lr)
 
     def trials(self, n: int, size: Size) -> list[Settings]:
@@ -50,8 +51,8 @@ class Contender:
 
 
 def draws(n: int) -> list[dict[str, float]]:
-    """The first ``n`` points of a Sobol sequence, which fill :data:`RANGES` evenly, each on a logarithmic scale."""
-    # With this seed no two parameters of the first sixteen points are correlated by more than 0.05, with others by up to 0.21.
+    """The first ``n`` points of a Sobol sequence, which covers :data:`RANGES` evenly on logarithmic scales."""
+    # With this seed no two parameters of the first sixteen points are correlated by more than 0.05, with other seeds by up to 0.21.
     points = SobolEngine(len(RANGES), scramble=True, seed=8).draw(n).tolist()
     return [
         {name: float(f"{low * (high / low) ** x:.2g}") for (name, (low, high)), x in zip(RANGES.items(), point, strict=True)}

@@ -1,4 +1,4 @@
-"""What the small models learn: arithmetic, written out, whose reward is a known function of the response."""
+"""The tasks of the small models: written arithmetic, where the reward is a known function of the response."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CHARS = "0123456789+="
 class Task:
     """Problems of ``operands`` numbers with ``digits`` digits each, [n, operands].
 
-    All prompts are of one length and all responses are, so that neither needs padding nor an end.
+    All prompts have one length, and all responses have one length, so neither needs padding nor an end token.
     """
 
     digits: int
     operands: int
     levels: int  # a reward is a whole number of 1 / levels
-    target_loss: float  # per token, at which about half of a model's samples are right
+    target_loss: float  # loss per token at which about half of a model's samples are right
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` different problems."""
@@ -34,13 +34,13 @@ class Task:
 
     def answers(self, problems: Tensor) -> Tensor:
         """The right responses' tokens, [n, R]."""
-        return _tokens([self._answer(*problem) for problem in problems.tolist()])
+        return _tokens([self._answer(problem) for problem in problems.tolist()])
 
     def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
         """Of responses [n, K, R], in [0, 1], [n, K]."""
         raise NotImplementedError
 
-    def _answer(self, *numbers: int) -> str:
+    def _answer(self, numbers: list[int]) -> str:
         raise NotImplementedError
 
 
@@ -50,7 +50,8 @@ class Sums(Task):
     def __init__(self) -> None:
         super().__init__(digits=3, operands=2, levels=4, target_loss=0.25)
 
-    def _answer(self, a: int, b: int) -> str:
+    def _answer(self, numbers: list[int]) -> str:
+        a, b = numbers
         return f"{a + b:04}"
 
     def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
@@ -63,7 +64,8 @@ class Chains(Task):
     def __init__(self) -> None:
         super().__init__(digits=2, operands=3, levels=1, target_loss=0.1)
 
-    def _answer(self, a: int, b: int, c: int) -> str:
+    def _answer(self, numbers: list[int]) -> str:
+        a, b, c = numbers
         return f"{a + b:03}+{c}={a + b + c:03}"
 
     def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:

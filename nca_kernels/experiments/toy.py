@@ -1,13 +1,13 @@
-"""A tiny Llama, taught from nothing, and rewarded samples of it.
+"""A tiny Llama, trained from scratch, and samples of it with their rewards.
 
-The reward is a known function of a response (:mod:`~nca_kernels.experiments.tasks`), so whether one model is better than
-another is exact.
+The reward is a known function of a response (:mod:`~nca_kernels.experiments.tasks`), so models can be compared exactly.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ from nca_kernels import linear_sequence_logps, sequence_logps
 from .tasks import CHARS, Task
 
 IGNORED = -100
-# Rows of a forward without gradients: enough to fill the cores, few enough to stay in their caches.
+# Rows of a forward pass without gradients: enough to fill the cores, few enough to stay in their caches.
 ROWS = 512
 
 
 def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
-    """A Llama from its config alone; 1.2 M parameters as it stands.
+    """A Llama with random weights; 1.2 M parameters by default.
 
-    Wide and shallow, with a rope base for a dozen positions: this learns sums in 200 to 400 steps of 64. Four layers of
-    128 with the usual base of 10,000 had learned next to nothing by then.
+    It is wide and shallow, with a rope base for a dozen positions: this learns sums in 200 to 400 steps of 64. Four layers of
+    width 128 with the usual base of 10,000 learned next to nothing in that time.
     """
     config = LlamaConfig(
         vocab_size=len(CHARS),
@@ -47,14 +47,15 @@ def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
 
 
 def teach(model: LlamaForCausalLM, task: Task, problems: Tensor, *, batch_size: int, target: float, progress: bool) -> list[float]:
-    """Supervised fine-tuning on the right answers, each seen once, until the loss per token is down to ``target``.
+    """Supervised fine-tuning on the right answers, each seen once, until the loss per token is at most ``target``.
 
-    Returns the losses. The loss falls steeply once the carry is understood, and when that is differs with the data's
-    order and the machine's rounding (step 219, step 328): a fixed number of steps would leave very different models.
+    Returns the losses. The loss falls steeply once the model carries digits; the step where it does depends on the order of the
+    data and on rounding (step 219, step 328), so a fixed number of steps would leave very different models.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.03, total_iters=30)
-    losses, recent = [], deque(maxlen=10)
+    losses: list[float] = []
+    recent: deque[float] = deque(maxlen=10)
     bar = tqdm(problems.split(batch_size), desc=f"supervised, to a loss of {target}", disable=not progress)
     for batch in bar:
         tokens, labels = sequences(task.prompts(batch), task.answers(batch)[:, None])
@@ -73,16 +74,16 @@ def teach(model: LlamaForCausalLM, task: Task, problems: Tensor, *, batch_size: 
 
 
 def sequences(prompts: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt and response as one row, [n, K, T], and the labels that score the response alone."""
+    """Prompt and response as one row, [n, K, T], and its labels, which are ``IGNORED`` at the prompt."""
     repeated = prompts[:, None].expand(-1, responses.shape[1], -1)
     return torch.cat([repeated, responses], -1), torch.cat([torch.full_like(repeated, IGNORED), responses], -1)
 
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, generator: torch.Generator | None) -> Tensor:
-    """K responses a prompt of ``length`` tokens, drawn at temperature 1, or the likeliest tokens if there is no generator.
+    """K responses of ``length`` tokens to each prompt, [n, K, length]; the prompt is computed once.
 
-    [n, K, length]. The prompt is computed once.
+    They are drawn at temperature 1, or are the likeliest tokens if ``generator`` is None.
     """
 
     def draw(logits: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, genera
 
 @dataclass(frozen=True)
 class Preferences:
-    """K rewarded responses to each of n prompts, and what the reference model thinks of them."""
+    """K responses to each of n prompts, with their rewards and the reference model's log-probs."""
 
     tokens: Tensor  # [n, K, T]
     labels: Tensor  # [n, K, T]
@@ -119,8 +120,8 @@ class Preferences:
         index = torch.arange(len(self))[:, None], torch.stack([self.scores.argmax(1), self.scores.argmin(1)], 1)
         return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
 
-    def rows(self) -> list[dict]:
-        """As :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them."""
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows as :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them."""
         start = int((self.labels[0, 0] == IGNORED).sum())
         columns = self.tokens[:, 0, :start], self.tokens[..., start:], self.scores, self.ref_logps
         names = "prompt_ids", "response_ids", "scores", "ref_logps"
@@ -131,27 +132,29 @@ class Preferences:
 def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path: str) -> Tensor:
     """The log-probs of the responses of rows [n, K, T], [n, K]: without logits (path ``linear``), or with them."""
     logps = []
-    for batch, scored in zip(tokens.flatten(0, 1).split(ROWS), labels.flatten(0, 1).split(ROWS), strict=True):
+    for batch, targets in zip(tokens.flatten(0, 1).split(ROWS), labels.flatten(0, 1).split(ROWS), strict=True):
         hidden = model.model(batch, use_cache=False).last_hidden_state
         if path == "linear":
-            logps.append(linear_sequence_logps(hidden, model.lm_head.weight, scored, shift=1))
+            logps.append(linear_sequence_logps(hidden, model.lm_head.weight, targets, shift=1))
         else:
-            logps.append(sequence_logps(model.lm_head(hidden), scored, shift=1))
+            logps.append(sequence_logps(model.lm_head(hidden), targets, shift=1))
     return torch.cat(logps).view(labels.shape[:2])
 
 
 def collect(model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator, path: str) -> Preferences:
-    """K rewarded samples of ``model``, the reference, for each problem; without problems whose samples all score alike."""
+    """K samples of ``model``, the reference, for each problem, and their rewards; problems of a single reward are left out."""
     responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
     scores = task.rewards(problems, responses)
     differ = scores.amax(1) > scores.amin(1)
     if not differ.any():
-        raise ValueError(f"model: all {K} samples of each of {len(problems)} problems score alike: there is nothing to learn from")
+        raise ValueError(
+            f"model: all {K} samples of each of {len(problems)} problems have the same reward: there is nothing to learn from"
+        )
     tokens, labels = sequences(task.prompts(problems[differ]), responses[differ])
     return Preferences(tokens, labels, scores[differ], response_logps(model, tokens, labels, path))
 
 
 def rewards(model: LlamaForCausalLM, task: Task, problems: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The reward of one sample a problem, or without a generator of the likeliest tokens, [n]."""
+    """The reward of one sample for each problem, [n]; of the likeliest tokens if ``generator`` is None."""
     responses = sample(model, task.prompts(problems), 1, task.answers(problems).shape[1], generator)
     return task.rewards(problems, responses)[:, 0]

@@ -1,4 +1,4 @@
-"""All that a seed decides before a method comes in: the problems, the supervised model, its rewarded samples."""
+"""What a seed decides for every method: the problems, the supervised model, its samples and their rewards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .toy import Preferences, build_model, collect, teach
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; as it stands, half a minute on one core for a world, ten seconds for a run in it."""
+    """Sizes of a world and its runs; by default a world takes half a minute on one core, a run in it ten seconds."""
 
     hidden_size: int = 192
-    taught: int = 500 * 64  # at most: teaching ends at the target loss of the task
+    taught: int = 500 * 64  # at most: supervised training ends at the target loss of the task
     rewarded: int = 3600
     responses: int = 4
     probed: int = 400
@@ -29,7 +29,7 @@ class Size:
 
 @dataclass(frozen=True)
 class World:
-    """No problem is in two of its parts."""
+    """The supervised model and the data of one seed. No problem is in two parts."""
 
     reference: LlamaForCausalLM
     supervised_loss: list[float]  # of each step
@@ -40,7 +40,7 @@ class World:
 
 
 def make_world(task: Task, seed: int, size: Size, *, path: str = "linear", progress: bool = False) -> World:
-    """A function of its arguments alone, as long as PyTorch runs on one thread."""
+    """Make the world of a seed; the same on every call if PyTorch runs on one thread."""
     generator = torch.Generator().manual_seed(seed)
     parts = [size.taught, size.rewarded, size.probed, size.validated, size.tested]
     taught, rewarded, probed, validation, test = task.draw(sum(parts), generator).split(parts)
