@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1"
-FILES = ["test_token_logps.py", "test_group_loss.py", "test_properties.py"]
+FILES = ["test_token_logps.py", "test_row_stats.py", "test_group_loss.py", "test_properties.py"]
 # The longest rows add minutes under the sanitizers and no new path through the kernels.
 SELECT = ["-k", "cpu and not 128256 and not 151936 and not 50257"]
 

@@ -5,13 +5,17 @@
 namespace nca {
 namespace {
 
+constexpr float kNothing = -120.f;  // e^-120 is 0 in float32
+
+// -inf becomes a number whose exponential is 0 as well; the order of the operands lets a NaN through.
+Vec finite(Vec x) { return max(splat(kNothing), x); }
+
 struct Reduced {
   Vec n, r, p;  // e^r = 1 + r + r^2 p
 };
 
 Reduced reduce(Vec x) {
-  // e^-120 is 0 in float32. The order of the operands lets a NaN through, and -inf becomes a number.
-  x = max(splat(-120.f), x);
+  x = finite(x);
   const Vec n = round(x * 1.44269504f);
   // x - n log(2). Fused, the product is exact and log(2)'s own rounding costs half an ulp at x = -20. Else in two parts
   // (Cody and Waite), the first with so few bits that n times it is exact.
