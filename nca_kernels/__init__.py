@@ -2,12 +2,13 @@
 
 from ._version import __version__
 from .dispatch import explain
-from .functional import selective_log_softmax, sequence_logps, token_logps
+from .functional import TokenStats, selective_log_softmax, sequence_logps, token_logps, token_stats
 from .linear_functional import linear_sequence_logps, linear_token_logps
 from .losses import GroupLoss, dpo_loss, group_loss, info_nca_loss, ipo_loss, kto_loss, nca_loss
 
 __all__ = [
     "GroupLoss",
+    "TokenStats",
     "__version__",
     "dpo_loss",
     "explain",
@@ -21,4 +22,5 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logps",
     "token_logps",
+    "token_stats",
 ]

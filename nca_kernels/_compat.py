@@ -65,6 +65,44 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps over this tensor, on any level of nested function transforms.
+
+    Without it, checks read a value that differs from one mapped call to the next, and ``vmap`` raises.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def shares_storage(tensor: Tensor) -> bool:
+    """Whether anything but the tensor and the one that it is a view of uses its memory.
+
+    Without it, a gradient in the place of the logits is read as logits by an operator that saved them under saved-tensor hooks,
+    where PyTorch compares no versions.
+    """
+    own = 1 if tensor._base is None else 2
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > own  # the storage object here is one user more
+
+
+def kept_under_hooks(tensor: Tensor) -> bool:
+    """Whether the operator that made the tensor has saved it under saved-tensor hooks for its own backward.
+
+    Without it, that backward reads a gradient in the place of the logits: PyTorch compares no versions where hooks are.
+    """
+    for made in (tensor, tensor._base):
+        node = None if made is None else made.grad_fn
+        # As autograd names the outputs that it saves, and all that a function written in Python saves.
+        for name in (n for n in dir(node) if n.startswith(("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"))):
+            saved = getattr(node, name)
+            if any(getattr(s, "unpack_hook", None) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):
+                return True
+    return False
+
+
 def process_group(name: str) -> dist.ProcessGroup:
     """The process group of this name. Operators take a name, since their schemas have no type for a group.
 

@@ -8,7 +8,8 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from . import _compat
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOAT32 = torch.finfo(torch.float32)
@@ -67,7 +68,7 @@ def non_negative(name: str, value: object) -> float:
     return _number(name, value, 0, "a finite number >= 0")
 
 
-def _number(name, value, least, wanted) -> float:
+def _number(name: str, value: object, least: float, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
     # A comparison alone: torch.compile, where it takes the number for a variable, knows no math.isfinite. NaN fails it.
@@ -105,8 +106,14 @@ def rows(labels: Tensor, leading: tuple[int, ...], of: str, shift: int, cu_seqle
 
 
 def are_read(values: Tensor) -> bool:
-    """May a check read these: on the CPU; on a GPU, where it costs a sync, by ``NCA_KERNELS_CHECK=1``; fake ones never."""
-    return (values.device.type == "cpu" or os.environ.get("NCA_KERNELS_CHECK") == "1") and not isinstance(values, FakeTensor)
+    """Whether values may be read: always on a CPU; on a GPU, where that costs a sync, only under ``NCA_KERNELS_CHECK=1``.
+
+    Never where the tensor has no values of its own: in a graph that is being traced, and under ``vmap``.
+    """
+    wanted = values.device.type == "cpu" or os.environ.get("NCA_KERNELS_CHECK") == "1"
+    if not wanted or _compat.is_fake(values):
+        return False
+    return torch.compiler.is_compiling() or not _compat.is_batched(values)
 
 
 def vocabulary(labels: Tensor, ignore_index: int, vocab_total: int) -> None:
@@ -114,6 +121,14 @@ def vocabulary(labels: Tensor, ignore_index: int, vocab_total: int) -> None:
     bad = ((labels < 0) | (labels >= vocab_total)) & (labels != ignore_index)
     if bad.any():
         raise illegal_label(labels, int(bad.flatten().nonzero()[0]), ignore_index, vocab_total)
+
+
+def ids(name: str, value: Tensor, V: int) -> None:
+    """``IndexError`` for an id that is not in ``[0, V)``. Syncs on a GPU."""
+    bad = (value < 0) | (value >= V)
+    if bad.any():
+        position = int(bad.flatten().nonzero()[0])
+        raise IndexError(f"{name}: the id {int(value.flatten()[position])} at flat position {position} is not in [0, {V})")
 
 
 def illegal_label(labels: Tensor, position: int, ignore_index: int, vocab_total: int) -> IndexError:
@@ -127,7 +142,7 @@ def segment_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """``ValueError`` unless the bounds rise from 0 to ``tokens``; ``RuntimeError`` in a compiled graph. Syncs on a GPU."""
     if torch.compiler.is_compiling():
         rising = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-        torch._assert_async(rising, "cu_seqlens: wanted bounds that rise from 0 to the packed row's length")
+        _compat.assert_in_graph(rising, "cu_seqlens: wanted bounds that rise from 0 to the packed row's length")
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):

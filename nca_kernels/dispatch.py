@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import _compat, checks
 from .backends import BACKENDS
 
-OPS = ("token_logps", "linear_token_logps", "group_loss")
+OPS = ("token_logps", "token_stats", "linear_token_logps", "group_loss")
 
 
+@_compat.constant_in_graphs
 def resolve(
     op: str,
     backend: str | None,
@@ -25,22 +28,37 @@ def resolve(
 ) -> str:
     """The name of the backend that runs ``op``.
 
-    ``obstacle`` is a reason of the call's own why no kernel can serve it (a layout, say): only ``torch`` then can.
+    ``obstacle`` is a reason of this call alone why no kernel can serve it (a layout, say): then only ``torch`` can.
     Raises ``ValueError`` for an unknown backend and ``RuntimeError``, with every reason, for one that cannot run.
     """
     if not isinstance(backend, (str, type(None))):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted None or a name")
     # The interpreter's variable is the one thing that may change the answer for the same call.
-    return _resolve(op, backend, device, dtype, loss, obstacle, os.environ.get("TRITON_INTERPRET"))
+    choice = _choose(op, backend, device, dtype, loss, obstacle, os.environ.get("TRITON_INTERPRET"))
+    if choice.warning and choice not in _WARNED:
+        _WARNED.add(choice)
+        warnings.warn(choice.warning, stacklevel=_level_of_the_user())
+    return choice.name
 
 
-# What torch.compiler.assume_constant_result sets: the traced graph takes the answer, not the questions. Set here by hand
-# because that decorator imports the compiler, and with it Triton, seconds before anybody asked for them.
-resolve._dynamo_marked_constant = True
+class _Choice(NamedTuple):
+    name: str
+    warning: str = ""
 
 
-@lru_cache(maxsize=256)  # the answer costs more than a small loss, and the warning is wanted once
-def _resolve(op, backend, device, dtype, loss, obstacle, interpreter) -> str:
+_WARNED: set[_Choice] = set()  # each warning is given once
+
+
+@lru_cache(maxsize=256)  # to ask every backend takes longer than a small loss
+def _choose(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    loss: str | None,
+    obstacle: str | None,
+    interpreter: str | None,
+) -> _Choice:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted None or one of {', '.join(map(repr, BACKENDS))}")
     obstacles = {
@@ -51,9 +69,17 @@ def _resolve(op, backend, device, dtype, loss, obstacle, interpreter) -> str:
         if not reasons:
             if backend is None and name == "torch" and dtype != torch.float64:
                 why = ". ".join(f"{other}: {'; '.join(obstacles[other])}" for other in obstacles if other != "torch")
-                warnings.warn(f"nca_kernels: {op} on {device} runs on plain PyTorch, slowly. {why}", stacklevel=5)
-            return name
+                return _Choice(name, f"nca_kernels: {op} on {device} runs on plain PyTorch, slowly. {why}")
+            return _Choice(name)
     raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(obstacles[backend])}")
+
+
+def _level_of_the_user() -> int:
+    """The stack level, as seen by the caller of this function, of the nearest line outside the package."""
+    frame, level = inspect.currentframe(), 0
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def layout_obstacle(logits: Tensor) -> str | None:
@@ -69,13 +95,13 @@ def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None
     Args:
         tensor_or_device: a tensor (its device, dtype and, as logits, strides count), a device, or its name (float32 is
             assumed).
-        op: ``"token_logps"``, ``"linear_token_logps"`` or ``"group_loss"``; all of them where ``None``.
+        op: ``"token_logps"``, ``"token_stats"``, ``"linear_token_logps"`` or ``"group_loss"``; all of them where ``None``.
 
     Returns:
         A table as text: a line for each operation and backend.
 
     Raises:
-        ValueError: an unknown ``op``.
+        ValueError: an unknown ``op``, or a name that is no device's.
         TypeError: neither a tensor nor a device, or a tensor that is not floating.
 
     Example:
@@ -90,7 +116,7 @@ def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None
         checks.floating("tensor_or_device", tensor_or_device)
         device, dtype, obstacle = tensor_or_device.device, tensor_or_device.dtype, layout_obstacle(tensor_or_device)
     elif isinstance(tensor_or_device, (str, torch.device)):
-        device, dtype = torch.device(tensor_or_device), torch.float32
+        device, dtype = _device(tensor_or_device), torch.float32
     else:
         raise TypeError(f"tensor_or_device: got {type(tensor_or_device).__name__}, wanted a tensor, a device or its name")
     lines = []
@@ -99,9 +125,18 @@ def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None
         chosen = False
         for name, backend in BACKENDS.items():
             reasons = backend.unsupported(each, device, dtype)
-            if obstacle and each == "token_logps" and name != "torch":
+            if obstacle and each in ("token_logps", "token_stats") and name != "torch":
                 reasons.append(obstacle)
             verdict = "; ".join(reasons) or ("would run too" if chosen else "runs")
             chosen = chosen or not reasons
             lines.append(f"  {name:<7} {verdict}")
     return "\n".join(lines)
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"tensor_or_device: got {name!r}, wanted a tensor, a device or its name, such as 'cpu' or 'cuda:0'"
+        ) from None

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, ops, reference
+from . import checks, memory, ops, reference
 from .dispatch import layout_obstacle, resolve
+from .rows import RowOptions
 from .segments import sequence_sums, shift_labels
+
+
+class TokenStats(NamedTuple):
+    """What :func:`token_stats` returns."""
+
+    logps: Tensor
+    entropy: Tensor
+    lse: Tensor
+    top1: Tensor
 
 
 def token_logps(
@@ -33,14 +43,17 @@ def token_logps(
             ``backend="torch"``). Rows may have any stride; they are never copied. ``-inf`` (masked vocabulary) is legal;
             NaN makes that row's result NaN and no other's. Gets a gradient, in its own dtype.
         labels: token ids, int64 or int32, the shape of ``logits`` without its last dimension.
-        shift: score ``labels[:, t + shift]`` with ``logits[:, t]``; 1 is the Hugging Face convention. The last ``shift``
+        shift: the label of ``logits[:, t]`` is ``labels[:, t + shift]``; 1 is the Hugging Face convention. The last ``shift``
             positions of a row have no label and count as ignored. ``[M, V]`` takes 0 only.
         ignore_index: positions with this label are not read: log-prob 0, gradient 0.
-        scale: factor of the logits, > 0; a temperature ``t`` is ``scale = 1 / t``.
+        scale: factor of the logits, > 0; a temperature ``t`` is ``scale = 1 / t``. Where the model has a softcap ``c``, which
+            belongs before the temperature, it is ``scale = 1 / t, softcap = c / t``.
         softcap: > 0, or ``None`` for none.
         inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. Whatever else
             needs them for a backward of its own (another call, a ``tanh`` that made them) gets PyTorch's error on tensors
-            modified in place. ``backend="torch"`` does not overwrite.
+            modified in place. The gradient gets memory of its own where another tensor shares that storage (beside the one
+            that ``logits`` is a view of), where saved-tensor hooks (checkpointing, offloading) hold the logits, in a compiled
+            graph, and with ``backend="torch"``.
         backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can (:func:`explain`).
 
     Returns:
@@ -49,8 +62,8 @@ def token_logps(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not ``ignore_index``, on the CPU. On a GPU, where looking would cost
-            a sync (and in a compiled graph of ``backend="torch"``), that row's log-prob and gradient are NaN;
-            ``NCA_KERNELS_CHECK=1`` turns that into the error.
+            a sync (and with ``backend="torch"`` in a compiled graph or under ``vmap``), that row's log-prob and gradient are
+            NaN; ``NCA_KERNELS_CHECK=1`` turns that into the error on a GPU.
         RuntimeError: the named backend cannot run, with every reason.
         NotImplementedError: second derivatives and ``torch.func`` transforms but ``vmap``, except on ``backend="torch"``.
 
@@ -67,7 +80,63 @@ def token_logps(
     """
     _check_logits(logits, labels, shift, ignore_index, None)
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, None)
-    return _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend)
+    rows = _row_options("token_logps", logits, ignore_index, scale, softcap, backend)
+    return _token_logps(logits, labels, inplace_backward, rows)
+
+
+def token_stats(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    shift: int = 0,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy_gradient: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    r"""The log-probability of each label with its row's entropy, log-sum-exp and top-1 hit, in one read of the logits.
+
+    With the ``z`` of :func:`token_logps` and ``p = softmax(z[t])``::
+
+        logps    z[t, labels[t + shift]] - lse[t]
+        entropy  - sum_v p_v log p_v, in nats
+        lse      log sum_v exp(z[t, v])
+        top1     z[t, labels[t + shift]] = max_v z[t, v]
+
+    The backward reads the logits once and writes their gradient once, whichever of the outputs it comes from.
+
+    Args:
+        logits, labels, shift, ignore_index, scale, softcap, backend: as in :func:`token_logps`. ``logits`` gets a gradient, from
+            ``logps`` and ``lse``, and from ``entropy`` if asked.
+        entropy_gradient: ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; otherwise it is detached.
+
+    Returns:
+        ``TokenStats(logps, entropy, lse, top1)``, each of the shape of ``labels``: three times float32 (float64 for float64
+        logits) and bool. Ignored positions hold 0, 0, 0 and False; where ``logps`` is NaN, so are ``entropy`` and ``lse``, and
+        ``top1`` is False.
+
+    Raises:
+        As :func:`token_logps`.
+
+    Source: ``docs/math.md``, section 2.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0], [0.0, 1.0986123]]])
+        >>> token_stats(logits, torch.tensor([[1, 1]])).entropy
+        tensor([[0.6931, 0.5623]])
+        >>> token_stats(logits, torch.tensor([[-100, 1]])).top1
+        tensor([[False,  True]])
+    """
+    checks.flag("entropy_gradient", entropy_gradient)
+    _check_logits(logits, labels, shift, ignore_index, None)
+    labels = shift_labels(labels.to(torch.int64), shift, ignore_index, None)
+    rows = _row_options("token_stats", logits, ignore_index, scale, softcap, backend)
+    if rows.backend == "torch":
+        check_vocabulary(labels, ignore_index, logits.shape[-1])
+        return TokenStats(*reference.token_stats(logits, labels, entropy_gradient=entropy_gradient, **rows.transformation()))
+    logps, entropy, lse, top1, _stats = ops.token_stats(logits, labels, entropy_gradient, *rows)
+    return TokenStats(logps, entropy, lse, top1)
 
 
 def sequence_logps(
@@ -91,7 +160,7 @@ def sequence_logps(
     Args:
         logits: ``[N, T, V]``, any leading dimensions, or ``[M, V]`` with ``cu_seqlens``. Gets a gradient.
         labels, shift, ignore_index, scale, softcap, inplace_backward, backend: as in :func:`token_logps`.
-        average: divide by the number of scored tokens of the sequence; one with none gives 0.
+        average: divide by the number of labelled tokens of the sequence; a sequence without any gives 0.
         cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to ``M``: the bounds of sequences packed into one row
             ``[M, V]`` or ``[1, M, V]``. ``shift`` then stays inside each of them. Its values are checked where that costs
             no sync: on the CPU, or under ``NCA_KERNELS_CHECK=1``. Elsewhere nothing outside of the row is read.
@@ -116,18 +185,19 @@ def sequence_logps(
     checks.flag("average", average)
     _check_logits(logits, labels, shift, ignore_index, cu_seqlens)
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, cu_seqlens)
-    logps = _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend)
+    rows = _row_options("token_logps", logits, ignore_index, scale, softcap, backend)
+    logps = _token_logps(logits, labels, inplace_backward, rows)
     return over_sequences(logps, labels, ignore_index, average, cu_seqlens)
 
 
-def _check_logits(logits, labels, shift, ignore_index, cu_seqlens) -> None:
+def _check_logits(logits: Tensor, labels: Tensor, shift: int, ignore_index: int, cu_seqlens: Tensor | None) -> None:
     checks.floating("logits", logits)
     if logits.ndim < 2 or logits.shape[-1] < 1:
         raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [N, T, V] or [M, V] with V >= 1")
     check_rows(labels, logits, "logits", shift, ignore_index, cu_seqlens)
 
 
-def check_rows(labels, values, name, shift, ignore_index, cu_seqlens) -> None:
+def check_rows(labels: Tensor, values: Tensor, name: str, shift: int, ignore_index: int, cu_seqlens: Tensor | None) -> None:
     """What the functions of logits and of hidden states (``values``) ask of labels and segment bounds alike."""
     checks.rows(labels, tuple(values.shape[:-1]), name, shift, cu_seqlens)
     checks.same_device("labels", labels, name, values)
@@ -136,73 +206,73 @@ def check_rows(labels, values, name, shift, ignore_index, cu_seqlens) -> None:
         checks.segment_bounds(cu_seqlens, labels.numel())
 
 
-def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend) -> Tensor:
-    """:func:`token_logps` after its checks of shapes, for labels already shifted."""
+def _row_options(
+    op: str, logits: Tensor, ignore_index: int, scale: float, softcap: float | None, backend: str | None
+) -> RowOptions:
     scale = checks.positive("scale", scale)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
+    name = resolve(op, backend, logits.device, logits.dtype, obstacle=layout_obstacle(logits))
+    return RowOptions(ignore_index, scale, softcap, name)
+
+
+def _token_logps(logits: Tensor, labels: Tensor, inplace_backward: bool, rows: RowOptions) -> Tensor:
+    """:func:`token_logps` after its checks of shapes, for labels already shifted."""
     checks.flag("inplace_backward", inplace_backward)
-    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+    # A compiled graph never overwrites, and the question would make its sizes constants.
+    if inplace_backward and not torch.compiler.is_compiling() and memory.rows_overlap(logits):
+        shared = "one row for several positions" if 0 in logits.stride() else "rows that overlap"
         raise ValueError(
-            f"inplace_backward: logits of shape {list(logits.shape)} has strides {list(logits.stride())}, one row for several "
-            "positions; wanted a row for each gradient, or inplace_backward=False"
+            f"inplace_backward: logits of shape {list(logits.shape)} has strides {list(logits.stride())}, {shared}; wanted a row "
+            "for each gradient, or inplace_backward=False"
         )
-    name = resolve("token_logps", backend, logits.device, logits.dtype, obstacle=layout_obstacle(logits))
-    if name == "torch":
-        check_vocabulary(labels, ignore_index, logits.shape[-1])
-        return reference.token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
-    rows = _three_dimensional(logits)
-    shape = rows.shape[:2]
-    logps, _stats = ops.token_logps(rows, labels.reshape(shape).contiguous(), ignore_index, scale, softcap, inplace_backward, name)
-    return logps.view(labels.shape)
+    if rows.backend == "torch":
+        check_vocabulary(labels, rows.ignore_index, logits.shape[-1])
+        return reference.token_logps(logits, labels, **rows.transformation())
+    logps, _stats = ops.token_logps(logits, labels, inplace_backward, *rows)
+    return logps
 
 
-def check_vocabulary(labels, ignore_index, V) -> None:
+def check_vocabulary(labels: Tensor, ignore_index: int, V: int) -> None:
     """What the operators of the kernels do themselves, for the backend that has no operator."""
     if not torch.compiler.is_compiling() and checks.are_read(labels):
         checks.vocabulary(labels, ignore_index, V)
 
 
-def _three_dimensional(logits: Tensor) -> Tensor:
-    """``logits`` as ``[N, T, V]``, a view: the kernels take any two row strides, so only 4 and more dimensions can fail."""
-    if logits.ndim == 2:
-        return logits.unsqueeze(0)
-    try:
-        return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:]) if logits.ndim > 3 else logits
-    except RuntimeError:
-        raise ValueError(
-            f"logits: shape {list(logits.shape)} with strides {list(logits.stride())} is no view of [N, T, V]; wanted "
-            "leading dimensions that collapse without a copy"
-        ) from None
-
-
-def over_sequences(logps, labels, ignore_index, average, cu_seqlens) -> Tensor:
+def over_sequences(logps: Tensor, labels: Tensor, ignore_index: int, average: bool, cu_seqlens: Tensor | None) -> Tensor:
     """Sum or average token log-probs over each sequence."""
     sums = sequence_sums(logps, cu_seqlens)
     if not average:
         return sums
-    scored = (labels != ignore_index).to(logps.dtype)
-    return sums / sequence_sums(scored, cu_seqlens).clamp(min=1)
+    labelled = (labels != ignore_index).to(logps.dtype)
+    return sums / sequence_sums(labelled, cu_seqlens).clamp(min=1)
+
+
+# --- TRL's -----------------------------------------------------------------------------------------------------------
+
+NO_IGNORE_INDEX = checks.INT64.min  # no id can be this one: every illegal id is then an error, as in TRL
 
 
 def selective_log_softmax(
     logits: Tensor,  # [..., V]
     index: Tensor,  # [...] or [..., K]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     row_mask: Tensor | None = None,
 ) -> Tensor:
     r"""``logits.div(temperature).log_softmax(-1).gather(-1, index)``, with TRL's name, signature and result.
 
     Args:
         logits: ``[..., V]``; float32, bfloat16, float16 or float64. Gets a gradient.
-        index: token ids, int64, ``[...]`` or, for ``K`` of them a row, ``[..., K]`` (each reads the logits once).
-        temperature: > 0.
+        index: token ids, int64 or int32, ``[...]`` or, for ``K`` of them a row, ``[..., K]`` (each reads the logits once).
+        temperature: > 0, a number or a tensor of one element. A tensor may require a gradient and is not read on a GPU; it
+            divides the logits, in float32, into a copy of theirs.
         row_mask: the shape of ``index``; where it is zero the row is not read and the result is 0.
 
     Returns:
-        The log-probs in the shape of ``index`` and the dtype of ``logits``.
+        The log-probs in the shape of ``index``; computed in float32 for 16-bit logits. On a GPU they stay float32, as TRL's kernel
+        has them; elsewhere they have the dtype of ``logits``.
 
     Raises:
-        As :func:`token_logps`.
+        As :func:`token_logps`, with ``index`` for its labels.
 
     Source: ``trl.trainer.utils.selective_log_softmax`` (TRL 1.16).
 
@@ -210,25 +280,53 @@ def selective_log_softmax(
         >>> selective_log_softmax(torch.zeros(1, 2, 4), torch.tensor([[3, 0]]))
         tensor([[-1.3863, -1.3863]])
     """
+    check_selection(logits, index, row_mask)
+    dtype = torch.float32 if logits.is_cuda and logits.dtype != torch.float64 else logits.dtype
+    logits, scale = tempered(logits, temperature)
+    if index.ndim < logits.ndim:
+        return _selected(logits, index, scale, row_mask).to(dtype)
+    if index.shape[-1] == 0:
+        return logits[..., :0].to(dtype)  # nothing, with a graph
+    masks = [None] * index.shape[-1] if row_mask is None else row_mask.unbind(-1)
+    columns = [_selected(logits, column, scale, mask) for column, mask in zip(index.unbind(-1), masks, strict=True)]
+    return torch.stack(columns, dim=-1).to(dtype)
+
+
+def check_selection(logits: Tensor, index: Tensor, row_mask: Tensor | None) -> None:
+    """What :func:`selective_log_softmax` asks of its tensors."""
     checks.floating("logits", logits)
     checks.integer("index", index)
+    if logits.ndim < 2 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [..., V] of 2 or more dimensions with V >= 1")
+    leading = tuple(logits.shape[:-1])
+    if index.shape[: logits.ndim - 1] != leading or index.ndim > logits.ndim:
+        raise ValueError(f"index: got shape {list(index.shape)}, wanted {list(leading)} or {[*leading, 'K']} (that of logits)")
+    checks.same_device("index", index, "logits", logits)
     if row_mask is not None:
         if not isinstance(row_mask, Tensor):
             raise TypeError(f"row_mask: got {type(row_mask).__name__}, wanted a tensor")
         checks.shape("row_mask", row_mask, tuple(index.shape), "that of index")
-    if index.ndim == logits.ndim:
-        if index.shape[-1] == 0:
-            return logits.new_empty(index.shape)
-        columns = [
-            selective_log_softmax(logits, column, temperature, None if row_mask is None else row_mask[..., k])
-            for k, column in enumerate(index.unbind(-1))
-        ]
-        return torch.stack(columns, dim=-1)
-    # No id can be this one: every illegal id is then an error, as in TRL.
-    unread = torch.iinfo(torch.int64).min
+        checks.same_device("row_mask", row_mask, "logits", logits)
+    if not torch.compiler.is_compiling() and checks.are_read(index):
+        ids = index if row_mask is None else index.masked_fill(row_mask == 0, 0)
+        checks.ids("index", ids, logits.shape[-1])
+
+
+def tempered(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:
+    """Logits and the ``scale`` by which they are still to be multiplied."""
+    if not isinstance(temperature, Tensor):
+        return logits, 1.0 / checks.positive("temperature", temperature)
+    checks.floating("temperature", temperature)
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature: got shape {list(temperature.shape)}, wanted one element")
+    if not torch.compiler.is_compiling() and checks.are_read(temperature):
+        checks.positive("temperature", temperature.item())
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.to(dtype) / temperature.to(logits.device, dtype).reshape(()), 1.0
+
+
+def _selected(logits: Tensor, index: Tensor, scale: float, row_mask: Tensor | None) -> Tensor:
     labels = index.to(torch.int64)
     if row_mask is not None:
-        labels = labels.masked_fill(row_mask == 0, unread)
-    scale = 1.0 / checks.positive("temperature", temperature)
-    _check_logits(logits, labels, 0, unread, None)
-    return _token_logps(logits, labels, unread, scale, None, False, None).to(logits.dtype)
+        labels = labels.masked_fill(row_mask == 0, NO_IGNORE_INDEX)
+    return _token_logps(logits, labels, False, _row_options("token_logps", logits, NO_IGNORE_INDEX, scale, None, None))

@@ -1,4 +1,4 @@
-"""Fresh memory for a gradient as large as the logits."""
+"""Memory for a gradient as large as the logits: fresh, or that of the logits themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ctypes
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from . import _compat
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
@@ -25,3 +27,32 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
         # Only a hint: where it is refused, nothing is lost but time.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
     return fresh
+
+
+def may_be_overwritten(logits: Tensor) -> bool:
+    """Whether a backward may write its gradient in the place of these logits, which it has saved.
+
+    Not in a graph that is being traced, where the compiler plans the memory; not where one number belongs to several rows;
+    not where saved-tensor hooks may keep the logits for another operator, since PyTorch compares no versions there.
+    """
+    if type(logits) not in (Tensor, nn.Parameter) or rows_overlap(logits):
+        return False
+    return not _compat.shares_storage(logits) and not _compat.kept_under_hooks(logits)
+
+
+def rows_overlap(logits: Tensor) -> bool:
+    """Whether two rows ``[..., V]``, whose numbers lie side by side, share a number."""
+    V = logits.shape[-1]
+    spaced = sorted((stride, n) for stride, n in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if n > 1)
+    extent = V
+    for stride, n in spaced:
+        if stride < extent:
+            break
+        extent += (n - 1) * stride
+    else:
+        return False
+    # The dimensions interleave, so only the rows' starts can tell.
+    starts = torch.zeros(1, dtype=torch.int64)
+    for stride, n in spaced:
+        starts = (starts[:, None] + stride * torch.arange(n)).flatten()
+    return bool((starts.sort().values.diff() < V).any())

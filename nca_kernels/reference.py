@@ -35,14 +35,53 @@ def token_logps(
     """
     ignored = labels == ignore_index
     legal = (labels >= 0) & (labels < logits.shape[-1])
+    logps = _of_labels(_transformed(logits, ignored, scale, softcap).log_softmax(-1), labels, legal)
+    return logps.masked_fill(ignored, 0.0)
+
+
+def token_stats(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [...] each
+    r""":func:`token_logps`; the entropy ``- sum_v p_v log p_v`` in nats; ``log sum_v exp(z_v)``; is ``z[label]`` the maximum?
+
+    Ignored rows give 0, 0, 0 and False. The entropy is detached unless ``entropy_gradient``. Where the log-prob is NaN, so are
+    entropy and log-sum-exp, and the last is False.
+    """
+    ignored = labels == ignore_index
+    legal = (labels >= 0) & (labels < logits.shape[-1])
+    z = _transformed(logits, ignored, scale, softcap)
+    log_p = z.log_softmax(-1)
+    logps = _of_labels(log_p, labels, legal)
+    # From the row's maximum: near 1e4 a log-sum-exp in float32 is too coarse to form the probabilities in its gradient.
+    top = z.detach().argmax(-1, keepdim=True)
+    poison = torch.where(logps.detach().isnan(), torch.nan, 1.0).to(logps.dtype)
+    lse = (z.gather(-1, top) - log_p.gather(-1, top)).squeeze(-1) * poison
+    if not entropy_gradient:
+        log_p = log_p.detach()
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1) * poison
+    at_label = _of_labels(z.detach(), labels, legal)
+    top1 = (at_label == z.detach().amax(-1)) & ~logps.isnan() & ~ignored
+    return *(values.masked_fill(ignored, 0.0) for values in (logps, entropy, lse)), top1
+
+
+def _transformed(logits: Tensor, ignored: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``z``, 0 in ignored rows; float64 for float64 logits, else float32."""
     z = logits.masked_fill(ignored.unsqueeze(-1), 0.0)
     z = scale * z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    logps = z.log_softmax(-1).gather(-1, torch.where(legal, labels, 0).unsqueeze(-1)).squeeze(-1)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _of_labels(values: Tensor, labels: Tensor, legal: Tensor) -> Tensor:
+    """The value at each row's label, NaN at an illegal one."""
+    chosen = values.gather(-1, torch.where(legal, labels, 0).unsqueeze(-1)).squeeze(-1)
     # A factor, not a fill: NaN must reach the gradient as well.
-    logps = logps * torch.where(legal, 1.0, torch.nan).to(logps.dtype)
-    return logps.masked_fill(ignored, 0.0)
+    return chosen * torch.where(legal, 1.0, torch.nan).to(values.dtype)
 
 
 def linear_token_logps(

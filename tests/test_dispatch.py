@@ -32,7 +32,7 @@ def test_float64_runs_on_torch_without_a_warning(default_dispatch):
 
 
 def test_falling_to_torch_warns_once(default_dispatch):
-    dispatch._resolve.cache_clear()
+    dispatch._WARNED.clear()
     logits = torch.randn(5, 4, 3).transpose(1, 2)  # stride 1 is not the vocabulary's
     labels = torch.zeros(5, 3, dtype=torch.int64)
     with pytest.warns(UserWarning, match="stride 1 along the vocabulary"):
@@ -110,6 +110,7 @@ LAYERS = [
     "ops",
     "linear",
     "tiles",
+    "rows",
     "memory",
     "parallel",
     "dispatch",

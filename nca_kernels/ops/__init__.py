@@ -6,6 +6,6 @@ one opaque operator.
 
 from .group_loss import group_loss
 from .linear_token_logps import linear_token_logps
-from .token_logps import token_logps
+from .token_logps import token_logps, token_stats
 
-__all__ = ["group_loss", "linear_token_logps", "token_logps"]
+__all__ = ["group_loss", "linear_token_logps", "token_logps", "token_stats"]

@@ -2,73 +2,87 @@
 
 from __future__ import annotations
 
-from typing import get_type_hints
+from collections.abc import Callable
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
 
+from .. import _compat
+
 LIBRARY = torch.library.Library("nca_kernels", "DEF")
 
-SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", float: "float"}
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+}
 
 
 def schema(name: str, arguments: type[tuple], results: str) -> str:
     """The schema of an operator whose arguments are the fields of a named tuple."""
-    fields = (f"{SCHEMA_TYPES[hint]} {field}" for field, hint in get_type_hints(arguments).items())
-    return f"{name}({', '.join(fields)}) -> {results}"
+    return f"{name}({fields(arguments)}) -> {results}"
 
 
-def define(schema: str):
+def fields(arguments: type[tuple]) -> str:
+    """The fields of a named tuple as a schema spells them."""
+    return ", ".join(f"{SCHEMA_TYPES[hint]} {field}" for field, hint in get_type_hints(arguments).items())
+
+
+def define(schema: str) -> Callable[[Callable], Callable]:
     """Register the decorated function as the implementation of ``schema`` on every device."""
     name = LIBRARY.define(schema)
 
-    def register(function):
+    def register(function: Callable) -> Callable:
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return getattr(torch.ops.nca_kernels, name).default
 
     return register
 
 
-def differentiable(op, inputs: int, setup_context, backward):
-    """Give an operator its derivative by the first few of its ``inputs``; the operator as the package calls it.
+def differentiable(op: Callable, inputs: int, setup_context: Callable, backward: Callable) -> Callable:
+    """Register autograd for the first ``inputs`` arguments of an operator; return what the package calls.
 
-    What ``torch.library.register_autograd`` does for a third of its time: that one goes through the schema's arguments one
-    by one, at every call: 160 us for the thirteen of group_loss, whose whole arithmetic takes 5. The inputs without a
-    derivative travel as one, because PyTorch looks at each by itself, forward and backward.
+    ``torch.library.register_autograd`` does the same in three times the time: it goes through the schema's arguments one by
+    one at every call (160 us for the thirteen of group_loss, whose arithmetic takes 5). The arguments without a derivative
+    travel as one tuple, because PyTorch looks at each argument, forward and backward.
     """
 
     class Derivative(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, constants, *variables):
-            with torch._C._AutoDispatchBelowAutograd():
+        def forward(ctx: Any, constants: tuple, *variables: Any) -> Any:
+            with _compat.below_autograd():
                 output = op(*variables, *constants)
             setup_context(ctx, variables, constants, output)
             return output
 
         @staticmethod
-        def backward(ctx, *doutputs):
+        def backward(ctx: Any, *doutputs: Any) -> Any:
             return None, *backward(ctx, *doutputs)
 
-    def derivative(*arguments):
+    def derivative(*arguments: Any) -> Any:
         return Derivative.apply(arguments[inputs:], *arguments[:inputs])
 
-    def dispatched(*arguments):
-        if torch._C._are_functorch_transforms_active():
+    def dispatched(*arguments: Any) -> Any:
+        if _compat.function_transforms_active():
             raise NotImplementedError(
                 "torch.func.grad, vjp, jvp and what is made of them: the kernels of nca_kernels have torch.autograd's "
                 "gradients alone; call the function with backend='torch'"
             )
         return derivative(*arguments)
 
-    def call(*arguments):
-        # Compilers and function transforms must meet the operator above its derivative. Everything else meets it below, and
-        # the dispatcher's way from the operator to the derivative is 3 us for nothing.
-        above = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    def call(*arguments: Any) -> Any:
+        # Compilers and function transforms must see the operator before autograd unwraps it. All others skip the dispatcher's
+        # way from the operator to its derivative, which takes 3 us.
+        above = torch.compiler.is_compiling() or _compat.function_transforms_active()
         return op(*arguments) if above else derivative(*arguments)
 
     LIBRARY.impl(op, dispatched, "Autograd")
     return call
 
 
-def no_second_derivative(*_):
+def no_second_derivative(*_: Any) -> NoReturn:
     raise NotImplementedError("second derivatives: the kernels of nca_kernels have none; call the function with backend='torch'")

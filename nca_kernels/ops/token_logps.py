@@ -1,99 +1,167 @@
-"""Operators of ``token_logps``: ``logits [N, T, V]``, ``labels [N, T]`` (already shifted), ``logps [N, T]``, ``stats [3, N, T]``.
+"""Operators of ``token_logps`` and ``token_stats``: ``logits [..., V]`` and ``labels [...]``, already shifted.
 
-``stats`` holds the row's maximum, its sum of ``exp(z - max)`` and the label's ``z``, in float32. Maximum and sum are kept apart,
-not as one log-sum-exp: where logits reach 1e4 that number has an ulp of 1e-3 in float32, and so would every probability
-formed from it.
+``stats`` is ``[3, ...]`` in float32: the row's maximum of ``z``, its sum of ``exp(z - max)`` and the label's ``z``. Maximum and
+sum are kept apart because a log-sum-exp of 1e4 has an ulp of 1e-3 in float32, and so would every probability formed from
+it. ``token_stats`` has a fourth number, the sum of ``(z - max) exp(z - max)``, from which the entropy comes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import checks, memory
-from ..backends import BACKENDS
+from ..rows import SCHEMA, RowOptions, from_stats, three_dimensional
 from .library import LIBRARY, define, differentiable, no_second_derivative
 
 
-@define(
-    "token_logps(Tensor logits, Tensor labels, int ignore_index, float scale, float? softcap, bool inplace_backward, "
-    "str backend) -> (Tensor logps, Tensor stats)"
-)
-def _token_logps(logits, labels, ignore_index, scale, softcap, inplace_backward, backend):
-    if backend != "cpu" and checks.are_read(labels):  # the cpu kernel looks for itself
-        checks.vocabulary(labels, ignore_index, logits.shape[-1])
-    logps, stats = _token_logps_fake(logits, labels, ignore_index, scale, softcap, inplace_backward, backend)
-    BACKENDS[backend].token_logps_fwd(
-        logits, labels, logps, stats,
-        ignore_index=ignore_index, scale=scale, softcap=softcap, vocab_start=0, vocab_total=logits.shape[-1],
-    )  # fmt: skip
+def _forward(logits: Tensor, labels: Tensor, stat_rows: int, options: RowOptions) -> tuple[Tensor, Tensor]:
+    if options.backend != "cpu" and checks.are_read(labels):  # the cpu kernel checks the labels itself
+        checks.vocabulary(labels, options.ignore_index, logits.shape[-1])
+    logps, stats = _empty_results(logits, labels, stat_rows)
+    rows = three_dimensional(logits)
+    shape = rows.shape[:2]
+    options.forward(rows, labels.reshape(shape).contiguous(), logps.view(shape), stats.view(stat_rows, *shape))
     return logps, stats
 
 
-@torch.library.register_fake("nca_kernels::token_logps", lib=LIBRARY)
-def _token_logps_fake(logits, labels, ignore_index, scale, softcap, inplace_backward, backend):
+def _empty_results(logits: Tensor, labels: Tensor, stat_rows: int) -> tuple[Tensor, Tensor]:
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    return logps, torch.empty((3, *labels.shape), dtype=torch.float32, device=logits.device)
+    return logps, torch.empty((stat_rows, *labels.shape), dtype=torch.float32, device=logits.device)
 
 
-@define(
-    "token_logps_bwd(Tensor dlogps, Tensor logits, Tensor labels, Tensor stats, int ignore_index, float scale, "
-    "float? softcap, str backend) -> Tensor dlogits"
-)
-def _token_logps_bwd(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
-    dlogits = memory.empty(logits.shape, logits.dtype, logits.device)
-    _write_dlogits(dlogps, logits, labels, stats, dlogits, ignore_index, scale, softcap, backend)
-    return dlogits
+# --- token_logps -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("nca_kernels::token_logps_bwd", lib=LIBRARY)
-def _token_logps_bwd_fake(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+@define(f"token_logps(Tensor logits, Tensor labels, bool inplace_backward, {SCHEMA}) -> (Tensor logps, Tensor stats)")
+def _token_logps(logits: Tensor, labels: Tensor, inplace_backward: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    return _forward(logits, labels, 3, RowOptions(*options))
 
 
-@define(
-    "token_logps_bwd_(Tensor dlogps, Tensor(a!) logits, Tensor labels, Tensor stats, int ignore_index, float scale, "
-    "float? softcap, str backend) -> ()"
-)
-def token_logps_bwd_(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
-    _write_dlogits(dlogps, logits, labels, stats, logits, ignore_index, scale, softcap, backend)
+@torch.library.register_fake("nca_kernels::token_logps", lib=LIBRARY)
+def _token_logps_fake(logits: Tensor, labels: Tensor, inplace_backward: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(logits, labels, 3)
 
 
-@torch.library.register_fake("nca_kernels::token_logps_bwd_", lib=LIBRARY)
-def _token_logps_bwd_inplace_fake(dlogps, logits, labels, stats, ignore_index, scale, softcap, backend):
-    return None
-
-
-def _write_dlogits(dlogps, logits, labels, stats, dlogits, ignore_index, scale, softcap, backend):
-    BACKENDS[backend].token_logps_bwd(
-        dlogps.contiguous(), logits, labels, stats, dlogits,
-        ignore_index=ignore_index, scale=scale, softcap=softcap, vocab_start=0, vocab_total=logits.shape[-1],
-    )  # fmt: skip
-
-
-def _token_logps_setup(ctx, variables, constants, output):
-    labels, *ctx.settings = constants
+def _token_logps_setup(ctx: Any, variables: tuple, constants: tuple, output: tuple) -> None:
+    labels, ctx.inplace_backward, *options = constants
+    ctx.options = RowOptions(*options)
     ctx.save_for_backward(*variables, labels, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _token_logps_backward(ctx, dlogps, _dstats):
+def _token_logps_backward(ctx: Any, dlogps: Tensor | None, _dstats: None) -> tuple[Tensor | None]:
     if dlogps is None:
         return (None,)
     logits, labels, stats = ctx.saved_tensors
-    ignore_index, scale, softcap, inplace_backward, backend = ctx.settings
-    settings = (ignore_index, scale, softcap, backend)
-    if not inplace_backward:
-        return (token_logps_bwd(dlogps, logits, labels, stats, *settings),)
+    if not ctx.inplace_backward:
+        return (token_logps_bwd(dlogps, None, None, logits, labels, stats, *ctx.options),)
     if torch.is_grad_enabled():
         no_second_derivative()
-    # Whoever has saved these logits for a backward of their own (a second call, an activation that keeps its output) must
-    # meet PyTorch's error, not the gradient in their place.
+    # If another operator saved these logits, PyTorch's version error is right, not a wrong gradient.
     torch.autograd.graph.increment_version(logits)
-    logits = logits.detach()
-    token_logps_bwd_(dlogps, logits, labels, stats, *settings)
-    return (logits,)
+    if not memory.may_be_overwritten(logits):
+        return (token_logps_bwd(dlogps, None, None, logits, labels, stats, *ctx.options),)
+    dlogits = logits.detach()
+    _write_dlogits(dlogps, None, None, dlogits, labels, stats, dlogits, ctx.options)
+    return (dlogits,)
 
 
 token_logps = differentiable(_token_logps, 1, _token_logps_setup, _token_logps_backward)
-token_logps_bwd = differentiable(_token_logps_bwd, 2, lambda *_: None, no_second_derivative)
+
+
+# --- token_stats -----------------------------------------------------------------------------------------------------
+
+
+@define(
+    f"token_stats(Tensor logits, Tensor labels, bool entropy_gradient, {SCHEMA}) "
+    "-> (Tensor logps, Tensor entropy, Tensor lse, Tensor top1, Tensor stats)"
+)
+def _token_stats(logits: Tensor, labels: Tensor, entropy_gradient: bool, *options: Any) -> tuple[Tensor, ...]:
+    rows = RowOptions(*options)
+    logps, stats = _forward(logits, labels, 4, rows)
+    return logps, *from_stats(logps, stats, labels == rows.ignore_index), stats
+
+
+@torch.library.register_fake("nca_kernels::token_stats", lib=LIBRARY)
+def _token_stats_fake(logits: Tensor, labels: Tensor, entropy_gradient: bool, *options: Any) -> tuple[Tensor, ...]:
+    logps, stats = _empty_results(logits, labels, 4)
+    top1 = torch.empty_like(logps, dtype=torch.bool)
+    return logps, torch.empty_like(logps), torch.empty_like(logps), top1, stats
+
+
+def _token_stats_setup(ctx: Any, variables: tuple, constants: tuple, output: tuple) -> None:
+    labels, entropy_gradient, *options = constants
+    _, entropy, _, top1, stats = output
+    ctx.options = RowOptions(*options)
+    ctx.save_for_backward(*variables, labels, stats)
+    ctx.mark_non_differentiable(*(() if entropy_gradient else (entropy,)), top1, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _token_stats_backward(
+    ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None]:
+    if dlogps is None and dentropy is None and dlse is None:
+        return (None,)
+    logits, labels, stats = ctx.saved_tensors
+    dlogps = torch.zeros_like(stats[0]) if dlogps is None else dlogps
+    return (token_logps_bwd(dlogps, dlse, dentropy, logits, labels, stats, *ctx.options),)
+
+
+token_stats = differentiable(_token_stats, 1, _token_stats_setup, _token_stats_backward)
+
+
+# --- the gradient of both --------------------------------------------------------------------------------------------
+
+
+@define(
+    "token_logps_bwd(Tensor dlogps, Tensor? dlse, Tensor? dentropy, Tensor logits, Tensor labels, Tensor stats, "
+    f"{SCHEMA}) -> Tensor dlogits"
+)
+def _token_logps_bwd(
+    dlogps: Tensor, dlse: Tensor | None, dentropy: Tensor | None, logits: Tensor, labels: Tensor, stats: Tensor, *options: Any
+) -> Tensor:
+    dlogits = memory.empty(logits.shape, logits.dtype, logits.device)
+    _write_dlogits(dlogps, dlse, dentropy, logits, labels, stats, dlogits, RowOptions(*options))
+    return dlogits
+
+
+@torch.library.register_fake("nca_kernels::token_logps_bwd", lib=LIBRARY)
+def _token_logps_bwd_fake(
+    dlogps: Tensor, dlse: Tensor | None, dentropy: Tensor | None, logits: Tensor, labels: Tensor, stats: Tensor, *options: Any
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _write_dlogits(
+    dlogps: Tensor,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    dlogits: Tensor,
+    options: RowOptions,
+) -> None:
+    rows = three_dimensional(logits)
+    shape = rows.shape[:2]
+
+    def upstream(gradient: Tensor) -> Tensor:
+        return gradient.reshape(shape).contiguous()
+
+    options.backward(
+        upstream(dlogps),
+        rows,
+        upstream(labels),
+        stats.view(len(stats), *shape),
+        three_dimensional(dlogits),
+        dlse=None if dlse is None else upstream(dlse),
+        dentropy=None if dentropy is None else upstream(dentropy),
+    )
+
+
+token_logps_bwd = differentiable(_token_logps_bwd, 4, lambda *_: None, no_second_derivative)
