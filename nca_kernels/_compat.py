@@ -84,22 +84,28 @@ def shares_storage(tensor: Tensor) -> bool:
     Without it, a gradient in the place of the logits is read as logits by an operator that saved them under saved-tensor hooks,
     where PyTorch compares no versions.
     """
-    own = 1 if tensor._base is None else 2
+    own = 1 if view_base(tensor) is None else 2
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > own  # the storage object here is one user more
 
 
-def kept_under_hooks(tensor: Tensor) -> bool:
-    """Whether the operator that made the tensor has saved it under saved-tensor hooks for its own backward.
+def view_base(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of, ``None`` if it is none.
 
-    Without it, that backward reads a gradient in the place of the logits: PyTorch compares no versions where hooks are.
+    Without it, logits that are a slice of the model's always count as shared, and their gradient takes memory of its own.
     """
-    for made in (tensor, tensor._base):
-        node = None if made is None else made.grad_fn
-        # As autograd names the outputs that it saves, and all that a function written in Python saves.
-        for name in (n for n in dir(node) if n.startswith(("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"))):
-            saved = getattr(node, name)
-            if any(getattr(s, "unpack_hook", None) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):
-                return True
+    return tensor._base
+
+
+def saved_under_hooks(node: object) -> bool:
+    """Whether an autograd node has saved an output of its own, or a function in Python any tensor, under saved-tensor hooks.
+
+    Without it, a backward under such hooks reads a gradient in the place of the logits: PyTorch compares no versions there.
+    """
+    for name in (n for n in dir(node) if n.startswith(("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"))):
+        saved = getattr(node, name)
+        # A PyTorch that does not tell may have hooks there.
+        if any(getattr(s, "unpack_hook", True) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):
+            return True
     return False
 
 

@@ -29,15 +29,17 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     return fresh
 
 
-def may_be_overwritten(logits: Tensor) -> bool:
-    """Whether a backward may write its gradient in the place of these logits, which it has saved.
+def may_be_overwritten(logits: Tensor, node: object) -> bool:
+    """Whether the backward of an autograd node may write its gradient in the place of the logits that it has saved.
 
     Not in a graph that is being traced, where the compiler plans the memory; not where one number belongs to several rows;
     not where saved-tensor hooks may keep the logits for another operator, since PyTorch compares no versions there.
     """
-    if type(logits) not in (Tensor, nn.Parameter) or rows_overlap(logits):
+    if type(logits) not in (Tensor, nn.Parameter) or rows_overlap(logits) or _compat.shares_storage(logits):
         return False
-    return not _compat.shares_storage(logits) and not _compat.kept_under_hooks(logits)
+    base = _compat.view_base(logits)
+    makers = (logits.grad_fn, None if base is None else base.grad_fn)
+    return not any(_compat.saved_under_hooks(n) for n in (node, *makers))
 
 
 def rows_overlap(logits: Tensor) -> bool:

@@ -77,6 +77,41 @@ def test_a_false_condition_in_a_graph_raises():
         use(_compat.assert_in_graph, torch.tensor(False), "is false")
 
 
+def test_tensors_under_vmap_are_told_from_others():
+    seen = []
+
+    def look(x, y):
+        seen.append((use(_compat.is_batched, x), use(_compat.is_batched, y)))
+        return x.sum() + y.sum()
+
+    torch.vmap(torch.func.grad(look), in_dims=(0, None))(torch.ones(2, 3), torch.ones(3))
+    torch.func.grad(look)(torch.ones(3), torch.ones(3))
+    assert seen == [(True, False), (False, False)] and not use(_compat.is_batched, torch.ones(2))
+
+
+def test_users_of_a_tensors_memory_are_counted():
+    whole = torch.ones(2, 3, requires_grad=True) * 1
+    assert not use(_compat.shares_storage, whole) and not use(_compat.shares_storage, whole[:, :2])
+    another = whole.detach()
+    assert use(_compat.shares_storage, whole) and another.shape == whole.shape
+
+
+class Saving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return 2 * x
+
+
+def test_outputs_saved_under_hooks_are_told_from_others():
+    x = torch.ones(2, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        hooked = (torch.tanh(x), torch.softmax(x, -1), Saving.apply(x))
+    assert all(use(_compat.saved_under_hooks, tensor.grad_fn) for tensor in hooked)
+    assert not any(use(_compat.saved_under_hooks, tensor.grad_fn) for tensor in (torch.tanh(x), Saving.apply(x), x * 1, x))
+    assert use(_compat.view_base, x[:, :2]) is x and use(_compat.view_base, x) is None
+
+
 def test_a_process_group_is_found_by_name(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -137,7 +172,7 @@ KNOWN = {"_fields", "_asdict", "_replace", "_make", "_exit", "_SubParsersAction"
 
 
 # Files that still hold private names.
-NOT_YET = {"checks.py", "dispatch.py", "library.py", "parallel.py", "heads.py", "head_layer.py", "shared_prompt.py"}
+NOT_YET = {"parallel.py", "heads.py", "head_layer.py", "shared_prompt.py"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

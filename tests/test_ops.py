@@ -28,12 +28,12 @@ def _group_arguments(target):
 
 def test_opcheck_token_logps(kernels):
     logits, labels = _token_arguments(kernels)
-    torch.library.opcheck(OPS.token_logps, (logits, labels, -100, 1.0, None, False, kernels.name))
-    torch.library.opcheck(OPS.token_logps, (logits, labels, -100, 0.5, 3.0, False, kernels.name))
-    _, stats = OPS.token_logps(logits.detach(), labels, -100, 1.0, None, False, kernels.name)
-    backward = (torch.randn(2, 3, device=kernels.device), logits.detach(), labels, stats, -100, 1.0, None, kernels.name)
-    torch.library.opcheck(OPS.token_logps_bwd, backward)
-    torch.library.opcheck(OPS.token_logps_bwd_, backward)
+    for inplace_backward in (False, True):
+        torch.library.opcheck(OPS.token_logps, (logits, labels, inplace_backward, -100, 1.0, None, kernels.name))
+    torch.library.opcheck(OPS.token_logps, (logits, labels, False, -100, 0.5, 3.0, kernels.name))
+    _, stats = OPS.token_logps(logits.detach(), labels, False, -100, 1.0, None, kernels.name)
+    upstream = (torch.randn(2, 3, device=kernels.device), None, None)
+    torch.library.opcheck(OPS.token_logps_bwd, (*upstream, logits.detach(), labels, stats, -100, 1.0, None, kernels.name))
 
 
 def test_opcheck_group_loss(kernels):

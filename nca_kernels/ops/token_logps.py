@@ -63,7 +63,7 @@ def _token_logps_backward(ctx: Any, dlogps: Tensor | None, _dstats: None) -> tup
         no_second_derivative()
     # If another operator saved these logits, PyTorch's version error is right, not a wrong gradient.
     torch.autograd.graph.increment_version(logits)
-    if not memory.may_be_overwritten(logits):
+    if not memory.may_be_overwritten(logits, ctx):
         return (token_logps_bwd(dlogps, None, None, logits, labels, stats, *ctx.options),)
     dlogits = logits.detach()
     _write_dlogits(dlogps, None, None, dlogits, labels, stats, dlogits, ctx.options)

@@ -1,0 +1,180 @@
+"""``inplace_backward``: the gradient in the place of the logits, and nobody's wrong gradient for it."""
+
+import contextlib
+import re
+
+import pytest
+import torch
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import nca_kernels
+from nca_kernels import memory
+
+
+def _keep(saved):
+    return saved
+
+
+def _hooks(how):
+    if how == "nested":
+        stack = contextlib.ExitStack()
+        for context in (saved_tensors_hooks(_keep, _keep), save_on_cpu(), saved_tensors_hooks(_keep, _keep)):
+            stack.enter_context(context)
+        return stack
+    return {
+        "identity": lambda: saved_tensors_hooks(_keep, _keep),
+        "detached": lambda: saved_tensors_hooks(torch.Tensor.detach, _keep),
+        "copied": lambda: saved_tensors_hooks(torch.clone, torch.clone),
+        "numpy": lambda: saved_tensors_hooks(lambda t: t.detach().cpu().numpy(), torch.from_numpy),
+        "save_on_cpu": save_on_cpu,
+    }[how]()
+
+
+HOOKS = ["identity", "detached", "copied", "numpy", "save_on_cpu", "nested"]
+
+# What makes the logits: with its own output saved, or its input, or nothing; as they are, as a view, as a row.
+MAKERS = {
+    "tanh": torch.tanh,
+    "softmax": lambda x: torch.softmax(x, -1),
+    "product": lambda x: x * 1.5,
+    "exp of a view": lambda x: torch.exp(x)[:, :-1],
+    "tanh, flat": lambda x: torch.tanh(x).view(-1, x.shape[-1]),
+}
+
+
+def _problem(target):
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 65, device=target.device, requires_grad=True), torch.randint(65, (2, 4), device=target.device)
+
+
+def _loss(logits, labels, inplace, backend):
+    labels = labels[:, : logits.shape[1]] if logits.ndim == 3 else labels.flatten()
+    logps = nca_kernels.token_logps(logits, labels, inplace_backward=inplace, backend=backend)
+    return (logps * torch.linspace(0.5, 1.5, logps.numel(), device=logits.device).view_as(logps)).sum()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("how", [*HOOKS, "checkpoint", "checkpoint in hooks", "hooks in checkpoint"])
+def test_saved_tensor_hooks_get_the_right_gradient(kernels, how, make):
+    """PyTorch compares no versions where hooks unpack a tensor, so an overwritten one would go unnoticed."""
+    if how == "numpy" and kernels.device.type != "cpu":
+        pytest.skip("NumPy has no memory of a GPU")
+    leaf, labels = _problem(kernels)
+
+    def function(x, inplace):
+        return _loss(make(x), labels, inplace, kernels.name)
+
+    def hooked(x):
+        if how == "checkpoint":
+            return checkpoint(function, x, True, use_reentrant=False)
+        if how == "checkpoint in hooks":
+            with _hooks("identity"):
+                return checkpoint(function, x, True, use_reentrant=False)
+        if how == "hooks in checkpoint":
+
+            def inner(x):
+                with _hooks("identity"):
+                    return function(x, True)
+
+            return checkpoint(inner, x, use_reentrant=False)
+        with _hooks(how):
+            return function(x, True)
+
+    (wanted,) = torch.autograd.grad(function(leaf, False), leaf)
+    (got,) = torch.autograd.grad(hooked(leaf), leaf)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("how", HOOKS)
+def test_logits_made_under_hooks(kernels, how, make):
+    """The hooks hold the logits for the operator that made them; the call itself is outside."""
+    if how == "numpy" and kernels.device.type != "cpu":
+        pytest.skip("NumPy has no memory of a GPU")
+    leaf, labels = _problem(kernels)
+    (wanted,) = torch.autograd.grad(_loss(make(leaf), labels, False, kernels.name), leaf)
+    with _hooks(how):
+        logits = make(leaf)
+    (got,) = torch.autograd.grad(_loss(logits, labels, True, kernels.name), leaf)
+    assert torch.equal(got, wanted)
+
+
+def test_what_else_reads_the_logits_under_hooks(kernels):
+    """Hooks that hand on a detached tensor or an array share the memory, and that is seen."""
+    leaf, labels = _problem(kernels)
+    for how in ("detached", "copied", "numpy") if kernels.device.type == "cpu" else ("detached", "copied"):
+        gradients = []
+        for inplace in (False, True):
+            logits = leaf * 1
+            with _hooks(how):
+                beside = logits.square().sum()
+            gradients.append(torch.autograd.grad(beside + _loss(logits, labels, inplace, kernels.name), leaf)[0])
+        assert torch.equal(*gradients), how
+
+
+def test_overlapping_rows_are_refused(kernels):
+    labels = torch.zeros(4, dtype=torch.int64, device=kernels.device)
+    store = torch.randn(200, device=kernels.device)
+    overlapping = {
+        "unfold": store.unfold(0, 20, 5)[:4],
+        "stride 1": store.as_strided((4, 20), (1, 1)),
+        "one number": store.as_strided((4, 20), (19, 1)),
+        "rows and columns": store.as_strided((2, 2, 20), (20, 30, 1)),
+    }
+    for name, logits in overlapping.items():
+        message = f"inplace_backward: logits of shape {list(logits.shape)} has strides {list(logits.stride())}, rows that overlap"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            nca_kernels.token_logps(logits, labels.view(logits.shape[:-1]), inplace_backward=True, backend=kernels.name)
+        assert memory.rows_overlap(logits), name
+        leaf = store.clone().requires_grad_()
+        view = leaf.as_strided(logits.shape, logits.stride(), logits.storage_offset())
+        y = labels.view(logits.shape[:-1])
+        (grad,) = torch.autograd.grad(nca_kernels.token_logps(view, y, backend=kernels.name).sum(), leaf)
+        (wanted,) = torch.autograd.grad(nca_kernels.token_logps(view, y, backend="torch").sum(), leaf)
+        assert torch.allclose(grad, wanted, atol=1e-6), name
+
+
+def test_rows_that_lie_between_each_other_do_not_overlap(kernels):
+    store = torch.randn(500, device=kernels.device)
+    apart = {
+        "interleaved": ((3, 2, 10), (20, 10, 1)),
+        "transposed": ((2, 3, 10), (10, 20, 1)),
+        "crossed": ((2, 4, 5), (15, 10, 1)),  # 0, 10, 20, 30 and 15, 25, 35, 45
+        "one row": ((1, 1, 10), (0, 0, 1)),
+        "a single class": ((2, 3, 1), (3, 1, 1)),
+    }
+    for name, (shape, strides) in apart.items():
+        logits = store.as_strided(shape, strides)
+        assert not memory.rows_overlap(logits), name
+        labels = torch.zeros(shape[:-1], dtype=torch.int64, device=kernels.device)
+        leaf = store.clone().requires_grad_()
+        gradients = []
+        for inplace in (False, True):
+            view = (leaf * 1).as_strided(shape, strides)
+            gradients.append(torch.autograd.grad(_loss(view, labels, inplace, kernels.name), leaf)[0])
+        assert torch.allclose(*gradients, atol=1e-7), name
+
+
+@pytest.mark.parametrize("returned", ["logits", "view", "beside"])
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
+def test_a_compiled_function_may_return_its_logits(kernels, compiler, returned):
+    """A graph plans its own memory: what it returns is never overwritten."""
+    if compiler == "inductor" and returned != "logits":
+        pytest.skip("seconds each: the graph is the one that aot_eager runs")
+    leaf, labels = _problem(kernels)
+
+    def function(x):
+        logits = x * 1.5
+        logps = nca_kernels.token_logps(logits, labels, inplace_backward=True, backend=kernels.name)
+        return logps, {"logits": logits, "view": logits[:, 1:], "beside": logits + 1}[returned]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    logps, logits = compiled(leaf)
+    before = logits.detach().clone()
+    (got,) = torch.autograd.grad(logps.sum(), leaf)
+    (wanted,) = torch.autograd.grad(nca_kernels.token_logps(leaf * 1.5, labels, backend=kernels.name).sum(), leaf)
+    assert torch.allclose(got, wanted, atol=1e-6)
+    if compiler != "eager":  # which runs every operator as it stands, and overwrites
+        assert torch.equal(logits, before)
