@@ -59,10 +59,6 @@ class RowOptions(NamedTuple):
         return {**self.transformation(), "vocab_start": vocab_start, "vocab_total": vocab_total}
 
 
-# The tuple's fields as an operator's schema spells them.
-SCHEMA = "int ignore_index, float scale, float? softcap, str backend"
-
-
 def three_dimensional(logits: Tensor) -> Tensor:
     """``logits`` as ``[N, T, V]``, a view: the kernels take any two row strides, so only 4 and more dimensions can fail."""
     if logits.ndim == 2:

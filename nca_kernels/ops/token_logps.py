@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, memory
-from ..rows import SCHEMA, RowOptions, from_stats, three_dimensional
-from .library import LIBRARY, define, differentiable, no_second_derivative
+from ..rows import RowOptions, from_stats, three_dimensional
+from .library import LIBRARY, define, differentiable, fields, no_second_derivative
 
 
 def _forward(logits: Tensor, labels: Tensor, stat_rows: int, options: RowOptions) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def _empty_results(logits: Tensor, labels: Tensor, stat_rows: int) -> tuple[Tens
 # --- token_logps -----------------------------------------------------------------------------------------------------
 
 
-@define(f"token_logps(Tensor logits, Tensor labels, bool inplace_backward, {SCHEMA}) -> (Tensor logps, Tensor stats)")
+@define(f"token_logps(Tensor logits, Tensor labels, bool inplace_backward, {fields(RowOptions)}) -> (Tensor logps, Tensor stats)")
 def _token_logps(logits: Tensor, labels: Tensor, inplace_backward: bool, *options: Any) -> tuple[Tensor, Tensor]:
     return _forward(logits, labels, 3, RowOptions(*options))
 
@@ -77,7 +77,7 @@ token_logps = differentiable(_token_logps, 1, _token_logps_setup, _token_logps_b
 
 
 @define(
-    f"token_stats(Tensor logits, Tensor labels, bool entropy_gradient, {SCHEMA}) "
+    f"token_stats(Tensor logits, Tensor labels, bool entropy_gradient, {fields(RowOptions)}) "
     "-> (Tensor logps, Tensor entropy, Tensor lse, Tensor top1, Tensor stats)"
 )
 def _token_stats(logits: Tensor, labels: Tensor, entropy_gradient: bool, *options: Any) -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ token_stats = differentiable(_token_stats, 1, _token_stats_setup, _token_stats_b
 
 @define(
     "token_logps_bwd(Tensor dlogps, Tensor? dlse, Tensor? dentropy, Tensor logits, Tensor labels, Tensor stats, "
-    f"{SCHEMA}) -> Tensor dlogits"
+    f"{fields(RowOptions)}) -> Tensor dlogits"
 )
 def _token_logps_bwd(
     dlogps: Tensor, dlse: Tensor | None, dentropy: Tensor | None, logits: Tensor, labels: Tensor, stats: Tensor, *options: Any
