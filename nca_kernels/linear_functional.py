@@ -8,6 +8,7 @@ from torch import Tensor
 from . import checks, ops, parallel, reference
 from .dispatch import resolve
 from .functional import check_rows, check_vocabulary, over_sequences
+from .linear_head import Settings
 from .segments import shift_labels
 
 
@@ -152,8 +153,7 @@ def _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softc
     vocab_start, vocab_total = parallel.slice_of(len(weight), labels, group) if group else (0, len(weight))
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     mode = "none" if not any(needs) else "trained" if any(needs[1:]) else "frozen"
-    logps, *_ = ops.linear_token_logps(
-        hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, labels.reshape(-1).contiguous(), vocab_start, vocab_total,
-        ignore_index, scale, softcap, save_budget, mode, group, name,
-    )  # fmt: skip
+    settings = Settings(ignore_index, scale, softcap, vocab_start, vocab_total, hidden.dtype, save_budget, mode, group, name)
+    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
+    logps, *_ = ops.linear_token_logps(rows, weight, bias, labels.reshape(-1).contiguous(), *settings)
     return logps.view(labels.shape)

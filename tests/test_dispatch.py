@@ -109,6 +109,8 @@ LAYERS = [
     "segments",
     "ops",
     "linear",
+    "slices",
+    "linear_head",
     "tiles",
     "rows",
     "memory",

@@ -1,165 +1,211 @@
-"""Operators of ``linear_token_logps``: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``.
+"""Operators of the linear family: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``.
 
-``mode`` is "none" (no gradient), "frozen" (only ``hidden`` gets one, made in forward as ``u [M, D]``) or "trained" (made in
-backward, from the logits in ``kept`` or from new ones). ``group`` names the process group of a vocabulary-parallel head, "" for
-none.
+In mode "frozen" (only ``hidden`` needs a gradient) forward makes the derivatives ``u`` and ``w`` that backward scales; in mode
+"trained" backward works from the logits in ``kept`` or from new ones. ``index`` and ``count`` say which rows have a label
+(:class:`nca_kernels.linear.Rows`).
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any, NamedTuple
 
-from .. import checks, linear
-from ..backends import BACKENDS
+import torch
+from torch import Tensor
+
+from .. import checks, linear, tiles
+from ..linear_head import Head, Settings, Upstream
+from ..slices import logps_of
 from .library import LIBRARY, define, differentiable, no_second_derivative
 
 
-def _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend) -> linear.Head:
-    return linear.Head(weight, bias, BACKENDS[backend], ignore_index, scale, softcap, vocab_start, vocab_total)
+class Saved(NamedTuple):
+    """The last outputs of the forward operators: what backward needs beside their inputs."""
+
+    stats: Tensor
+    u: Tensor
+    w: Tensor
+    kept: Tensor
+    index: Tensor
+    count: Tensor
+
+    SCHEMA = "Tensor stats, Tensor u, Tensor w, Tensor kept, Tensor index, Tensor count"
+
+
+def run_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: Settings, stat_rows: int, with_entropy: bool
+) -> Saved:
+    """The forward pass of every operator of the family."""
+    if checks.are_read(labels):
+        checks.vocabulary(labels, settings.ignore_index, settings.vocab_total)
+    rows = linear.labelled_rows(labels, settings.ignore_index)
+    kept = _room_for_logits(hidden, weight, settings)
+    passed = linear.forward(Head(weight, bias, settings), hidden, labels, rows, kept, stat_rows, with_entropy)
+    index = rows.index if settings.mode == "trained" else labels.new_empty(0)
+    return Saved(*passed, kept, index, rows.count)
+
+
+def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Settings, stat_rows: int, with_entropy: bool) -> Saved:
+    """The shapes that :func:`run_forward` returns."""
+    M, D = hidden.shape
+    frozen = settings.mode == "frozen"
+    shapes = (stat_rows, M), (M if frozen else 0, D), (M if frozen and with_entropy else 0, D)
+    stats, u, w = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    index = torch.empty_like(labels) if settings.mode == "trained" else labels.new_empty(0)
+    return Saved(stats, u, w, _room_for_logits(hidden, weight, settings), index, torch.empty(1, dtype=torch.int64))
+
+
+def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    """Empty unless the head is trained and ``save_budget`` buys any."""
+    wanted = settings.mode == "trained" and settings.save_budget > 0
+    room = tiles.stored_elements(hidden.shape[0], weight.shape[0], settings.save_budget, settings.logits_dtype) if wanted else 0
+    return hidden.new_empty(room, dtype=settings.logits_dtype)
 
 
 @define(
-    "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int vocab_start, int vocab_total, "
-    "int ignore_index, float scale, float? softcap, int save_budget, str mode, str group, str backend) "
-    "-> (Tensor logps, Tensor stats, Tensor u, Tensor kept)"
+    f"linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {Settings.SCHEMA}) "
+    f"-> (Tensor logps, {Saved.SCHEMA})"
 )
-def _linear_token_logps(
-    hidden,
-    weight,
-    bias,
-    labels,
-    vocab_start,
-    vocab_total,
-    ignore_index,
-    scale,
-    softcap,
-    save_budget,
-    mode,
-    group,
-    backend,
-):
-    if checks.are_read(labels):
-        checks.vocabulary(labels, ignore_index, vocab_total)
-    head = _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend)
-    kept = hidden.new_empty(_kept_elements(hidden, weight, save_budget, mode))
-    return *linear.forward(head, hidden, labels, kept, mode == "frozen", group), kept
-
-
-def _kept_elements(hidden, weight, save_budget, mode) -> int:
-    """Room for logits, and for one number that says whether they are there."""
-    room = min(save_budget // hidden.dtype.itemsize, len(hidden) * len(weight)) if mode == "trained" else 0
-    return room + 1 if room else 0
+def _linear_token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    settings = Settings(*arguments)
+    saved = run_forward(hidden, weight, bias, labels, settings, stat_rows=3, with_entropy=False)
+    return logps_of(saved.stats).masked_fill_(labels == settings.ignore_index, 0.0), *saved
 
 
 @torch.library.register_fake("nca_kernels::linear_token_logps", lib=LIBRARY)
 def _linear_token_logps_fake(
-    hidden,
-    weight,
-    bias,
-    labels,
-    vocab_start,
-    vocab_total,
-    ignore_index,
-    scale,
-    softcap,
-    save_budget,
-    mode,
-    group,
-    backend,
-):
-    M, D = hidden.shape
-    u = hidden.new_empty((M if mode == "frozen" else 0, D), dtype=torch.float32 if group else hidden.dtype)
-    logps, stats = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((M,), (3, M)))
-    return logps, stats, u, hidden.new_empty(_kept_elements(hidden, weight, save_budget, mode))
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    saved = fake_forward(hidden, weight, labels, Settings(*arguments), stat_rows=3, with_entropy=False)
+    return torch.empty_like(labels, dtype=torch.float32), *saved
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+_UPSTREAM = "Tensor? dlogps, Tensor? dlse, Tensor? dentropy"
+
+
+def _upstream(dlogps: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, labels: Tensor) -> Upstream:
+    dlogps = torch.zeros_like(labels, dtype=torch.float32) if dlogps is None else dlogps.contiguous()
+    return Upstream(dlogps, *(None if gradient is None else gradient.contiguous() for gradient in (dlse, dentropy)))
 
 
 @define(
-    "linear_token_logps_bwd(Tensor dlogps, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor stats, Tensor kept, "
-    "bool[] needs, int vocab_start, int vocab_total, int ignore_index, float scale, float? softcap, str group, str backend) "
-    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    f"linear_trained_bwd({_UPSTREAM}, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {Saved.SCHEMA}, bool[] needs, "
+    f"{Settings.SCHEMA}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-def linear_token_logps_bwd(
-    dlogps,
-    hidden,
-    weight,
-    bias,
-    labels,
-    stats,
-    kept,
-    needs,
-    vocab_start,
-    vocab_total,
-    ignore_index,
-    scale,
-    softcap,
-    group,
-    backend,
-):
-    head = _head(weight, bias, vocab_start, vocab_total, ignore_index, scale, softcap, backend)
-    return linear.backward(head, dlogps.contiguous(), hidden, labels, stats, kept, needs, group)
+def linear_trained_bwd(
+    dlogps: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    saved, needs, settings = _unpacked(arguments)
+    upstream = _upstream(dlogps, dlse, dentropy, labels)
+    rows = linear.Rows(saved.index, saved.count)
+    return linear.backward(Head(weight, bias, settings), upstream, hidden, labels, saved.stats, rows, saved.kept, needs)
 
 
-@torch.library.register_fake("nca_kernels::linear_token_logps_bwd", lib=LIBRARY)
-def _linear_token_logps_bwd_fake(
-    dlogps,
-    hidden,
-    weight,
-    bias,
-    labels,
-    stats,
-    kept,
-    needs,
-    vocab_start,
-    vocab_total,
-    ignore_index,
-    scale,
-    softcap,
-    group,
-    backend,
-):
-    shapes = (hidden.shape, weight.shape, (len(weight),))
+def _unpacked(arguments: tuple[Any, ...]) -> tuple[Saved, Any, Settings]:
+    count = len(Saved._fields)
+    return Saved(*arguments[:count]), arguments[count], Settings(*arguments[count + 1 :])
+
+
+@torch.library.register_fake("nca_kernels::linear_trained_bwd", lib=LIBRARY)
+def _linear_trained_bwd_fake(
+    dlogps: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    _, needs, _ = _unpacked(arguments)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 @define(
-    "linear_frozen_bwd(Tensor dlogps, Tensor labels, Tensor u, int ignore_index, ScalarType dtype, str group) -> Tensor dhidden"
+    f"linear_frozen_bwd({_UPSTREAM}, Tensor? weight, Tensor labels, Tensor stats, Tensor u, Tensor w, ScalarType dtype, "
+    f"{Settings.SCHEMA}) -> Tensor dhidden"
 )
-def linear_frozen_bwd(dlogps, labels, u, ignore_index, dtype, group):
-    return linear.frozen_backward(dlogps, labels, u, ignore_index, dtype, group)
+def linear_frozen_bwd(
+    dlogps: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    weight: Tensor | None,
+    labels: Tensor,
+    stats: Tensor,
+    u: Tensor,
+    w: Tensor,
+    dtype: torch.dtype,
+    *arguments: Any,
+) -> Tensor:
+    upstream = _upstream(dlogps, dlse, dentropy, labels)
+    return linear.frozen_backward(weight, Settings(*arguments), upstream, labels, stats, u, w, dtype)
 
 
 @torch.library.register_fake("nca_kernels::linear_frozen_bwd", lib=LIBRARY)
-def _linear_frozen_bwd_fake(dlogps, labels, u, ignore_index, dtype, group):
-    return u.new_empty(u.shape, dtype=dtype)
+def _linear_frozen_bwd_fake(
+    dlogps: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    weight: Tensor | None,
+    labels: Tensor,
+    stats: Tensor,
+    u: Tensor,
+    w: Tensor,
+    dtype: torch.dtype,
+    *arguments: Any,
+) -> Tensor:
+    return torch.empty_like(u, dtype=dtype)
 
 
-def _linear_setup(ctx, variables, constants, output):
+def save(ctx: Any, variables: tuple[Any, ...], labels: Tensor, settings: Settings, saved: Saved, needs_weight: bool) -> None:
+    """With the head frozen, ``u`` and ``w`` take the place of the hidden states."""
     hidden, weight, bias = variables
-    labels, *ctx.settings = constants
-    _, stats, u, kept = output
-    ctx.dtype = hidden.dtype
-    # With the head frozen, u takes the place of the hidden states.
-    ctx.save_for_backward(*((labels, u) if ctx.settings[6] == "frozen" else (hidden, weight, bias, labels, stats, kept)))
-    ctx.mark_non_differentiable(stats, u, kept)
+    ctx.settings, ctx.dtype = settings, hidden.dtype
+    frozen = settings.mode == "frozen"
+    ctx.save_for_backward(
+        *(None, weight if needs_weight else None, None) if frozen else (hidden, weight, bias),
+        labels,
+        *saved,
+    )
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 
-def _linear_backward(ctx, dlogps, *_):
-    if dlogps is None:
+def gradients(
+    ctx: Any, dlogps: Tensor | None, dlse: Tensor | None = None, dentropy: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dhidden``, ``dweight``, ``dbias``; ``None`` for one that nothing needs."""
+    upstream = (dlogps, dlse, dentropy)
+    if all(gradient is None for gradient in upstream):
         return None, None, None
     if torch.is_grad_enabled():
         no_second_derivative()
-    vocab_start, vocab_total, ignore_index, scale, softcap, _, mode, group, backend = ctx.settings
-    if mode == "frozen":
-        labels, u = ctx.saved_tensors
-        return linear_frozen_bwd(dlogps, labels, u, ignore_index, ctx.dtype, group), None, None
-    hidden, weight, bias, labels, stats, kept = ctx.saved_tensors
+    hidden, weight, bias, labels, *saved = ctx.saved_tensors
+    if ctx.settings.mode == "frozen":
+        stats, u, w = saved[:3]
+        return linear_frozen_bwd(*upstream, weight, labels, stats, u, w, ctx.dtype, *ctx.settings), None, None
     needs = list(ctx.needs_input_grad[1:])
-    gradients = linear_token_logps_bwd(
-        dlogps, hidden, weight, bias, labels, stats, kept, needs,
-        vocab_start, vocab_total, ignore_index, scale, softcap, group, backend,
-    )  # fmt: skip
-    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    results = linear_trained_bwd(*upstream, hidden, weight, bias, labels, *saved, needs, *ctx.settings)
+    dhidden, dweight, dbias = (result if need else None for result, need in zip(results, needs, strict=True))
+    return dhidden, dweight, dbias
 
 
-linear_token_logps = differentiable(_linear_token_logps, 3, _linear_setup, _linear_backward)
+def _linear_token_logps_setup(ctx: Any, variables: tuple[Any, ...], constants: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    labels, *arguments = constants
+    save(ctx, variables, labels, Settings(*arguments), Saved(*output[1:]), needs_weight=False)
+
+
+def _linear_token_logps_backward(ctx: Any, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, dlogps)
+
+
+linear_token_logps = differentiable(_linear_token_logps, 3, _linear_token_logps_setup, _linear_token_logps_backward)

@@ -1,0 +1,109 @@
+"""The head of a linear family call: its rows of the vocabulary, its settings, and what is computed from one tile of logits.
+
+Shapes, for a tile of R rows and C columns: ``hidden [R, D]``, ``logits [R, C]``, ``labels [R]``, ``stats [3 or 4, R]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .tiles import exact_product
+
+
+class Settings(NamedTuple):
+    """What the operators take beside tensors, in the order of their schemas."""
+
+    ignore_index: int
+    scale: float
+    softcap: float | None
+    vocab_start: int  # the first column of this head
+    vocab_total: int  # the columns of all ranks
+    logits_dtype: torch.dtype
+    save_budget: int  # bytes of logits kept from forward to backward
+    mode: str  # "none": no gradient; "frozen": of hidden alone; "trained": of weight or bias, too
+    group: str  # the process group of a vocabulary-parallel head, "" for none
+    backend: str
+
+    SCHEMA = (
+        "int ignore_index, float scale, float? softcap, int vocab_start, int vocab_total, ScalarType logits_dtype, "
+        "int save_budget, str mode, str group, str backend"
+    )
+
+
+class Upstream(NamedTuple):
+    """Upstream gradients ``[R]`` in float32; ``None`` where nothing is differentiated through that output."""
+
+    dlogps: Tensor
+    dlse: Tensor | None = None
+    dentropy: Tensor | None = None
+
+    def rows(self, rows: slice) -> Upstream:
+        return Upstream(*(None if gradient is None else gradient[rows] for gradient in self))
+
+
+@dataclass
+class Head:
+    """``weight [V, D]`` and ``bias [V]``: the columns from ``settings.vocab_start`` of the whole vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None
+    settings: Settings
+
+    @property
+    def _kernels(self) -> Any:
+        return BACKENDS[self.settings.backend]
+
+    def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
+        weight = self.weight[columns]
+        if out.dtype != hidden.dtype:
+            exact_product(hidden, weight, out)
+            if self.bias is not None:
+                out.add_(self.bias[columns])
+        elif self.bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(self.bias[columns], hidden, weight.t(), out=out)
+
+    def stats(self, logits: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
+        """The statistics of these columns, as many rows as ``out`` has."""
+        logps = torch.empty_like(labels, dtype=torch.float32)  # under the softmax of these columns: not used
+        self._kernels.token_logps_fwd(logits[None], labels[None], logps[None], out[:, None], **self._arguments(columns))
+
+    def dlogits(self, upstream: Upstream, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor) -> None:
+        gradients = {name: None if value is None else value[None] for name, value in upstream._asdict().items()}
+        self._kernels.token_logps_bwd(
+            gradients.pop("dlogps"),
+            logits[None],
+            labels[None],
+            stats[:, None],
+            out[None],
+            **{name: value for name, value in gradients.items() if value is not None},
+            **self._arguments(columns),
+        )
+
+    def _arguments(self, columns: slice) -> dict[str, Any]:
+        return {
+            "ignore_index": self.settings.ignore_index,
+            "scale": self.settings.scale,
+            "softcap": self.settings.softcap,
+            "vocab_start": self.settings.vocab_start + columns.start,
+            "vocab_total": self.settings.vocab_total,
+        }
+
+    def column_of(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """The label's column among these (any column where it is not among them), and whether it is among them."""
+        column = labels - (self.settings.vocab_start + columns.start)
+        width = columns.stop - columns.start
+        return column.clamp(0, width - 1), (column >= 0) & (column < width)
+
+    def dtarget(self, labels: Tensor, target: Tensor) -> Tensor:
+        """``d target / d hidden [R, D]`` in float32; meaningless where another rank holds the label's column."""
+        column, _ = self.column_of(labels, slice(0, len(self.weight)))
+        dtarget = self.weight.index_select(0, column).float().mul_(self.settings.scale)
+        softcap = self.settings.softcap
+        return dtarget if softcap is None else dtarget.mul_((1 - (target / softcap).square())[:, None])

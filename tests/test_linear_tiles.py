@@ -1,0 +1,130 @@
+"""What a call of the linear family costs: GEMMs, slices of the vocabulary, and waits of the host for the device."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import nca_kernels
+from nca_kernels import linear
+from nca_kernels.backends import BACKENDS
+from nca_kernels.tiles import aligned, split, tile_shape
+
+SYNCS = ("aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::masked_select")
+GPU = torch.device("cuda")
+
+
+@contextmanager
+def counted():
+    """How often each operator of PyTorch and each row kernel runs inside."""
+    counts = Counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield counts
+    counts.update({event.key: event.count for event in profile.key_averages()})
+
+
+@contextmanager
+def recorded_tiles(monkeypatch):
+    """The shape, strides and columns of every tile that the row kernels read inside."""
+    tiles = []
+    with monkeypatch.context() as patch:
+        for name in ("token_logps_fwd", "token_logps_bwd"):
+            kernel = getattr(BACKENDS["cpu"], name)
+
+            def record(*tensors, _kernel=kernel, _name=name, **settings):
+                logits = tensors[_name == "token_logps_bwd"]
+                tiles.append((_name, tuple(logits.shape[1:]), logits.stride(1), settings["vocab_start"]))
+                return _kernel(*tensors, **settings)
+
+            patch.setattr(BACKENDS["cpu"], name, record)
+        yield tiles
+
+
+def _gemms(counts):
+    return counts["aten::mm"] + counts["aten::addmm"]
+
+
+def _step(M, V, D=8, trained=False, ignored=0, **options):
+    torch.manual_seed(0)
+    hidden = torch.randn(M, D, requires_grad=True)
+    weight = torch.randn(V, D, requires_grad=trained)
+    labels = torch.randint(V, (M,))
+    labels[:ignored] = -100
+    logps = nca_kernels.linear_token_logps(hidden, weight, labels, backend="cpu", **options)
+    return torch.autograd.grad(logps.sum(), (hidden, weight) if trained else (hidden,))
+
+
+@pytest.mark.parametrize("V", [1, 63, 1000, 4097, 50257])
+def test_a_vocabulary_that_fits_is_one_slice(monkeypatch, V):
+    """Two GEMMs for a frozen head and four for a trained one, also where V is no multiple of 64."""
+    M = 8
+    monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(2 * 4 * M * V))
+    for trained, gemms in ((False, 2), (True, 4)):
+        with recorded_tiles(monkeypatch) as tiles, counted() as counts:
+            _step(M, V, trained=trained)
+        assert _gemms(counts) == gemms
+        assert [shape for _, shape, _, _ in tiles] == [(M, V)] * 2
+
+
+def test_splitting_keeps_what_fits_whole():
+    for total in (50257, 128257, 151936, 262144):
+        assert split(total, total, 64) == [slice(0, total)]
+        assert len(split(total, total - 1, 64)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("V", [50257, 128256, 128257, 131073, 151936, 201088, 256000, 262144])
+@pytest.mark.parametrize("M", [1, 511, 512, 777, 8192])
+def test_a_frozen_head_gives_up_rows_for_one_slice(M, V, dtype):
+    """On a GPU, while 512 rows of a tile fit; where they do not, the rows stay."""
+    rows, columns = tile_shape(M, V, dtype, GPU, frozen=True)
+    fits = (256 << 20) // dtype.itemsize // V
+    if fits >= 512:
+        assert columns == V and rows == min(M, 1024, fits)
+    else:
+        assert rows == min(M, 1024) and columns >= min(V, (256 << 20) // dtype.itemsize // 1024)
+
+
+def test_a_frozen_block_is_two_gemms_however_many_rows(monkeypatch):
+    monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(600 * 128 * 4))
+    with recorded_tiles(monkeypatch) as tiles, counted() as counts:
+        _step(M=1500, V=128)
+    assert _gemms(counts) == 6 and len(tiles) == 6
+    assert all(shape == (500, 128) for _, shape, _, _ in tiles)
+
+
+@pytest.mark.parametrize("V", [131, 517])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_rows_of_tiles_and_of_kept_logits_are_aligned(monkeypatch, V, share):
+    with recorded_tiles(monkeypatch) as tiles, counted() as counts:
+        _step(M=16, V=V, trained=True, save_budget=int(share * 16 * V * 4))
+    assert all(stride % 64 == 0 for _, _, stride, _ in tiles)
+    if share == 1:  # a budget for the logits is one for all of them, padding beside
+        assert _gemms(counts) == 3 and {shape for _, shape, _, _ in tiles} == {(16, V)}
+
+
+@pytest.mark.parametrize("options", [{}, {"save_budget": 10**6}, {"save_budget": 10**4}, {"bias": True}])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("ignored", [0, 3, 12])
+def test_one_sync_in_forward_and_backward_together(monkeypatch, options, trained, ignored):
+    monkeypatch.setattr("nca_kernels.checks.are_read", lambda _: False)  # of labels: on a CPU alone
+    options = {**options, "bias": torch.randn(131)} if "bias" in options else options
+    with counted() as counts:
+        _step(M=12, V=131, trained=trained, ignored=ignored, **options)
+    assert sum(counts[name] for name in SYNCS) == 1, {name: counts[name] for name in SYNCS}
+
+
+def test_a_captured_forward_and_backward_agree_on_the_rows(monkeypatch):
+    """A graph takes all rows; a backward outside of it must take the same, and the logits kept for them."""
+    wanted = _step(M=12, V=131, trained=True, ignored=4)
+    monkeypatch.setattr(linear, "is_captured", lambda _: True)
+    with counted() as counts:
+        ours = _step(M=12, V=131, trained=True, ignored=4, save_budget=12 * 131 * 4)
+    assert sum(counts[name] for name in SYNCS[:1]) == 0 and _gemms(counts) == 3
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_widths():
+    assert [aligned(n) for n in (0, 1, 64, 65)] == [0, 64, 64, 128]
