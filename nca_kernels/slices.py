@@ -81,6 +81,7 @@ class FrozenGradient:
 
     def __init__(self, head: Head, labels: Tensor, tiling: Tiling, block: slice, with_entropy: bool) -> None:
         self.head, self.labels, self.tiling, self.block, self.with_entropy = head, labels, tiling, block, with_entropy
+        self.row = torch.arange(len(labels), device=labels.device)
         self.whole: _Part | None = None
 
     def add(self, logits: Tensor, stats: Tensor, columns: slice) -> None:
@@ -108,8 +109,9 @@ class FrozenGradient:
             self.head.dlogits(upstream, logits, self.labels, safe, columns, out=tile)
             w = self._product(tile, columns, raised)
         self.head.dlogits(Upstream(-raised), logits, self.labels, safe, columns, out=logits)
-        at_label = logits.gather(1, column[:, None])
-        logits.scatter_(1, column[:, None], at_label.masked_fill_(here[:, None], 0.0))
+        # Not scatter_, which copies the tile.
+        at_label = (self.row, column)
+        logits.index_put_(at_label, logits[at_label].masked_fill_(here, 0.0))
         n = self._product(logits, columns, raised)
         if self.with_entropy:
             entropy = entropy_of(safe)
