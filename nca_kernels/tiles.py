@@ -125,7 +125,7 @@ def _tile_in(memory: Tensor, block: slice, columns: slice) -> Tensor:
     return memory[: rows * aligned(width)].view(rows, aligned(width))[:, :width]
 
 
-def _multiplies_wide(a: Tensor) -> bool:
+def multiplies_wide(a: Tensor) -> bool:
     """Whether the GEMM can leave a product of 16-bit matrices in float32."""
     if not a.is_cuda or torch.version.hip or not _HAS_MM_OUT_DTYPE:
         return False
@@ -140,7 +140,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif _multiplies_wide(a):
+    elif multiplies_wide(a):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         out.copy_(torch.mm(a, b))
@@ -151,7 +151,7 @@ def exact_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
     Where the GEMM cannot do that, ``a`` and a few rows of ``b`` at a time are converted to float32.
     """
-    if _multiplies_wide(a):
+    if multiplies_wide(a):
         torch.mm(a, b.t(), out_dtype=torch.float32, out=out)
         return
     a = a.float()
@@ -177,7 +177,7 @@ class ProductSum:
             product(a, b, self.total)
         elif a.dtype == torch.float32:
             self.total.addmm_(a, b)
-        elif not _multiplies_wide(a):
+        elif not multiplies_wide(a):
             self.total.add_(torch.mm(a, b))
         elif _HAS_ADDMM_OUT_DTYPE:
             torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import nca_kernels
 from nca_kernels import linear
 from nca_kernels.backends import BACKENDS
-from nca_kernels.tiles import aligned, split, tile_shape
+from nca_kernels.tiles import aligned, multiplies_wide, split, tile_shape
 
 SYNCS = ("aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::masked_select")
 GPU = torch.device("cuda")
@@ -128,3 +129,20 @@ def test_a_captured_forward_and_backward_agree_on_the_rows(monkeypatch):
 
 def test_padded_widths():
     assert [aligned(n) for n in (0, 1, 64, 65)] == [0, 64, 64, 128]
+
+
+@pytest.mark.skipif(
+    "dtype_out" not in torch.ops.aten.mm.overloads(), reason="this PyTorch has no product of 16-bit matrices in float32"
+)
+def test_float16_sums_are_no_float32_products(monkeypatch):
+    """PyTorch refuses a float32 product of float16 where it may sum in float16; ROCm has none at all."""
+    with FakeTensorMode():
+        half, brain = (torch.empty(2, 2, dtype=dtype, device="cuda") for dtype in (torch.float16, torch.bfloat16))
+    assert multiplies_wide(half) and multiplies_wide(brain)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        assert not multiplies_wide(half) and multiplies_wide(brain)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not multiplies_wide(brain)
