@@ -28,7 +28,9 @@ def world():
     model = toy.build_model(0, hidden_size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        return model, toy.collect(model, SUMS, SUMS.draw(80, generator), 4, generator, "logits")
+        problems = SUMS.draw(80, generator)
+        responses = toy.sample(model, SUMS.prompts(problems), 4, 4, generator)
+        return model, toy.prefer(model, SUMS, problems, responses, SUMS.rewards(problems, responses), "logits")
 
 
 def test_sums():

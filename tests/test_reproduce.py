@@ -1,4 +1,4 @@
-"""The paper's experiments in small: their runs, which are kept and done once, their search and their tables."""
+"""The paper's experiments in small: worlds, runs that are kept and done once, the search, intervals and answers."""
 
 import json
 import random
@@ -6,34 +6,121 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from nca_kernels import cli
-from nca_kernels.experiments import reproduce, runs
-from nca_kernels.experiments.reports import DPO, REPORTS
+from nca_kernels.experiments import annotators, inference, optimum, reproduce, runs
+from nca_kernels.experiments.align import Method
+from nca_kernels.experiments.questions import DPO, DPO_ALL, NCA, QUESTIONS, SFT
 from nca_kernels.experiments.reproduce import QUICK, Scale
-from nca_kernels.experiments.search import RANGES, TUNING_SEED, draws
-from nca_kernels.experiments.tasks import TASKS
+from nca_kernels.experiments.search import RANGES, TUNING_SEEDS, draws
+from nca_kernels.experiments.tasks import CHARS, TASKS
+from nca_kernels.experiments.world import WORLDS, Kind, Size, make_world
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "reproduce"
-CONTENDERS = list(dict.fromkeys(contender for report in REPORTS.values() for contender in report.contenders))
+CONTENDERS = tuple(dict.fromkeys(contender for question in QUESTIONS.values() for contender in question.contenders))
 SEARCHED = [contender for contender in CONTENDERS if contender.loss and not contender.given]
+SMALL = Size(hidden_size=16, taught=20 * 64, rewarded=60, probed=20, validated=10, tested=10, steps=2, batch_size=4)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_interpreter():
-    """As a user runs it."""
+def one_thread(one_thread):
+    """As it runs: without Triton's interpreter, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
+
+
+# --- worlds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact_world(one_thread):
+    return make_world(WORLDS["exact"], 3, SMALL)
+
+
+@pytest.mark.parametrize("name", ["noise_0.2", "noise_0.4", "noise_0.8", "noise_by_rank", "noise_heavy"])
+def test_noise_changes_the_scores_alone(name, exact_world):
+    """A prompt that the exact scores leave out may be kept with noise; those of both have the same responses."""
+    noisy = make_world(WORLDS[name], 3, SMALL)
+    assert noisy.reference is exact_world.reference and torch.equal(noisy.test, exact_world.test)
+    exact = {row.tobytes(): scores for row, scores in zip(exact_world.train.tokens.numpy(), exact_world.train.scores, strict=True)}
+    shared = [
+        (exact[row.tobytes()], scores)
+        for row, scores in zip(noisy.train.tokens.numpy(), noisy.train.scores, strict=True)
+        if row.tobytes() in exact
+    ]
+    assert len(shared) == len(exact_world.train)
+    assert any(not torch.equal(a, b) for a, b in shared)
+
+
+@pytest.mark.parametrize(
+    "annotator, size", [(annotators.normal_02, 0.2), (annotators.normal_04, 0.4), (annotators.normal_08, 0.8)], ids=str
+)
+def test_normal_noise_has_its_deviation(annotator, size):
+    rewards = torch.rand(4000, 4)
+    responses = torch.arange(4)[None, :, None].expand(4000, 4, 2)
+    noise = annotator(rewards, responses, torch.Generator().manual_seed(0)) - rewards
+    assert noise.std().item() == pytest.approx(size, rel=0.03) and abs(noise.mean().item()) < 0.05 * size
+
+
+def test_heavy_tails_have_the_median_of_normal_noise():
+    rewards, responses = torch.rand(20_000, 4), torch.arange(4)[None, :, None].expand(20_000, 4, 2)
+    noise = annotators.heavy_tailed(rewards, responses, torch.Generator().manual_seed(0)) - rewards
+    assert noise.abs().median().item() == pytest.approx(0.4 * 0.6745, rel=0.03)
+    assert noise.abs().max() > 10
+
+
+def test_noise_by_rank_is_largest_at_the_best():
+    rewards = torch.tensor([[0.0, 1.0, 0.5, 0.25]]).expand(4000, 4)
+    responses = torch.arange(4)[None, :, None].expand(4000, 4, 2)
+    noise = annotators.by_rank(rewards, responses, torch.Generator().manual_seed(0)) - rewards
+    assert noise.std(0).tolist() == pytest.approx([0.1, 0.6, 0.4, 0.2], rel=0.05)
+
+
+def test_one_text_has_one_score():
+    rewards = torch.rand(50, 1).expand(50, 4)
+    responses = torch.tensor([[1, 2], [3, 4], [1, 2], [1, 2]]).expand(50, 4, 2)
+    scores = annotators.normal_04(rewards, responses, torch.Generator().manual_seed(0))
+    assert torch.equal(scores[:, 0], scores[:, 2]) and torch.equal(scores[:, 0], scores[:, 3])
+    assert (scores[:, 0] != scores[:, 1]).all()
+
+
+def test_writers_are_not_the_policy():
+    world = make_world(Kind(writers=(2.4, 2.2)), 3, SMALL)
+    assert world.train.scores.shape[1] == 2
+    other = make_world(WORLDS["exact"], 3, SMALL)
+    assert world.reference is other.reference and not torch.equal(world.train.tokens[0, :2], other.train.tokens[0, :2])
+
+
+def test_the_reward_of_near_sums_falls_with_the_error():
+    problems = torch.tensor([[123, 456]])
+    texts = ["0579", "0578", "0570", "0179", "9999", "+579"]
+    responses = torch.tensor([[[CHARS.index(char) for char in text] for text in texts]])
+    rewards = TASKS["near"].rewards(problems, responses)[0].tolist()
+    errors = np.array([0, 1, 9, 400, 9420])
+    assert rewards[:5] == pytest.approx(1 - np.log2(1 + errors) / np.log2(10_000), abs=1e-6)
+    assert rewards[5] == 0
+
+
+@pytest.mark.parametrize("loss", ["nca", "info_nca"])
+def test_the_optimum_fits_itself(loss):
+    scores = torch.rand(20, 4)
+    best = scores / 0.3 + 5 if loss == "info_nca" else (scores / 0.3).log_softmax(1) + np.log(4)
+    assert optimum.fit(Method(loss, alpha=0.3), scores, best) == {"slope": 1.0, "deviation": 0.0}
+    half = optimum.fit(Method(loss, alpha=0.3), scores, best / 2)
+    assert half["slope"] == pytest.approx(0.5) and half["deviation"] > 0.4
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def records(folder):
@@ -41,10 +128,10 @@ def records(folder):
 
 
 @pytest.fixture(scope="module")
-def quick(without_interpreter, tmp_path_factory):
-    """The folder of a whole quick reproduction whose first program was killed, and the records that it had left."""
+def quick(one_thread, tmp_path_factory):
+    """The folder of a quick reproduction of one question whose first program was killed, and the records that it had left."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
-    arguments = ["reproduce", "all", "--quick", "--out", str(out)]
+    arguments = ["reproduce", "table3", "--quick", "--workers", "1", "--out", str(out)]
     begun = subprocess.Popen([sys.executable, "-m", "nca_kernels", *arguments], stderr=subprocess.DEVNULL, cwd=ROOT)
     try:
         deadline = time.monotonic() + 120
@@ -62,65 +149,46 @@ def test_a_killed_reproduction_continues(quick):
     out, left = quick
     assert 2 <= len(left) < len(records(out))
     assert all(record == left[name] for name, record in records(out).items() if name in left), "a run was done again"
-    for name in REPORTS:
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (out / f"{name}.md").read_text().startswith("|")
-
-
-def test_every_run_is_done_once(quick):
-    out = quick[0]
-    settings = [json.dumps(record["settings"], sort_keys=True) for record in records(out).values()]
-    assert len(settings) == len(set(settings))
-    assert len(settings) == len(SEARCHED) * QUICK.draws + len(CONTENDERS) * len(QUICK.seeds)
+    assert (out / "table3.md").read_text().startswith("| method")
 
 
 def test_nothing_is_left_to_do(quick, monkeypatch, capsys):
     out = quick[0]
     monkeypatch.setattr(runs, "execute", lambda settings: pytest.fail(f"{settings.name} was done again"))
-    tables = {name: (out / f"{name}.md").read_text() for name in REPORTS}
-    reproduce.run("table2", out, quick=True)
-    assert tables["table2"] in capsys.readouterr().out
-    assert tables == {name: (out / f"{name}.md").read_text() for name in REPORTS}
+    reproduce.run("table3", out, quick=True, workers=1)
+    assert (out / "table3.md").read_text() in capsys.readouterr().out
 
 
 def test_a_run_is_a_function_of_its_settings(quick):
-    trial = next(contender for contender in CONTENDERS if contender.loss == "kto").trials(1, QUICK.size)[0]
+    contender = next(c for c in QUESTIONS["table3"].contenders if c.loss and not c.given)
+    trial = contender.trials(1, QUICK.tuning_seeds, QUICK.size)[0]
     kept = runs.load(trial, quick[0] / "runs")
     again = runs.execute(trial)
     assert {**again, "seconds": 0} == {**kept, "seconds": 0}
     assert kept["settings"] == asdict(trial)
 
 
-def test_a_record_is_small_and_its_own_summary(quick):
-    for record in records(quick[0]).values():
-        levels, rewards = (
-            TASKS[record["settings"]["task"]].levels,
-            np.array([int(digit) for digit in record["rewards"]]),
-        )
-        assert record["reward"] == pytest.approx(rewards.mean() / levels, abs=1e-5)
-        assert len(rewards) == record["settings"]["size"]["tested" if record["settings"]["split"] == "test" else "validated"]
-        assert len(json.dumps(record)) < 2000
-
-
 def test_half_a_record_is_none(tmp_path):
-    trial = DPO.trials(1, QUICK.size)[0]
+    trial = DPO.trials(1, (1000,), QUICK.size)[0]
     (tmp_path / f"{trial.name}.part").write_text('{"settings": {')
     assert not runs.is_stored(trial, tmp_path)
     runs.store({"reward": 1}, trial, tmp_path)
-    assert runs.is_stored(trial, tmp_path) and runs.load(trial, tmp_path) == {"reward": 1}
+    assert runs.load(trial, tmp_path) == {"reward": 1}
     assert [file.name for file in tmp_path.iterdir()] == [f"{trial.name}.json"]
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
 
 
 def test_every_method_is_tuned_alike():
     scale = Scale()
     points = draws(scale.draws)
-    assert len(SEARCHED) == 14
     for contender in SEARCHED:
-        trials = contender.trials(scale.draws, scale.size)
-        assert {(trial.seed, trial.split) for trial in trials} == {(TUNING_SEED, "validation")}
-        assert [(t.method.beta, t.method.lr) for t in trials] == [(point["beta"], point["lr"]) for point in points]
-        assert [t.method.alpha for t in trials] == [0.0 if contender.pairwise else point["alpha"] for point in points]
-    assert TUNING_SEED not in scale.seeds and len(scale.seeds) == 5
+        trials = contender.trials(scale.draws, scale.tuning_seeds, scale.size)
+        assert {(trial.seed, trial.split) for trial in trials} == {(seed, "validation") for seed in TUNING_SEEDS}
+        methods = list(dict.fromkeys(trial.method for trial in trials))
+        assert [(method.beta, method.lr) for method in methods] == [(point["beta"], point["lr"]) for point in points]
+    assert len(TUNING_SEEDS) >= 3 and len(scale.seeds) >= 8 and not set(TUNING_SEEDS) & set(scale.seeds)
 
 
 def test_draws_fill_their_ranges():
@@ -133,133 +201,102 @@ def test_draws_fill_their_ranges():
         assert np.abs(np.sort(places) - np.arange(0.5, 16)).max() < 0.6, f"one {name} in each sixteenth of its range"
 
 
-@pytest.fixture
-def invented(tmp_path, monkeypatch):
-    """The outcomes of three seeds of invented runs, and their folder."""
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory):
+    """The outcomes of all questions, of invented runs, and their folder."""
+    folder = tmp_path_factory.mktemp("invented")
 
     def execute(settings):
         draw = random.Random(settings.name)
-        levels = TASKS[settings.task].levels
-        rewards = [draw.randint(0, levels) for _ in range(50)]
+        values = {name: round(draw.random(), 5) for name in ("reward", "reward_error", "exact", "kl", "kl_error", "greedy_reward")}
         curves = {which: [round(draw.uniform(-9, 0), 4) for _ in range(3)] for which in ("chosen", "rejected")}
-        return {
-            "settings": asdict(settings),
-            "reward": round(sum(rewards) / 50 / levels, 5),
-            "greedy_reward": round(draw.random(), 5),
-            "rewards": "".join(map(str, rewards)),
-            "curves": {"steps": [0, 1, 2], **curves} if settings.method else None,
-        }
+        fit = {"optimum": {"slope": draw.random(), "deviation": draw.random()}}
+        return {"settings": asdict(settings), **values, **fit, **curves, "steps": [0, 1, 2]}
 
-    monkeypatch.setattr(runs, "execute", execute)
-    outcomes = reproduce.compare(CONTENDERS, tmp_path / "runs", Scale(seeds=(5, 6, 7)))
-    return outcomes, tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "execute", execute)
+        yield reproduce.compare(CONTENDERS, folder / "runs", Scale(seeds=tuple(range(6)))), folder
 
 
-def table_of(name, outcomes):
-    """The rows of the report's first table, each as a list of its cells."""
-    table = REPORTS[name].table({contender.name: outcomes[contender.name] for contender in REPORTS[name].contenders})
-    lines = table.split("\n\n")[0].strip().splitlines()
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert all(len(row) == len(header) for row in rows)
-    return {row[0] + (f"/{row[1]}" if name == "table2" else ""): dict(zip(header, row, strict=True)) for row in rows}
-
-
-def test_the_best_trial_is_taken(invented):
+def test_the_best_setting_is_the_best_over_all_validation_seeds(invented):
     outcomes, folder = invented
-    for contender in SEARCHED:
-        trials = [runs.load(trial, folder / "runs") for trial in contender.trials(16, Scale().size)]
-        rewards = [trial["reward"] for trial in trials]
-        assert asdict(outcomes[contender.name].method) == trials[rewards.index(max(rewards))]["settings"]["method"]
-    for name in ("DPO at beta 0.1", "pairwise NCA at beta 0.1"):
-        assert (outcomes[name].method.beta, outcomes[name].method.lr, outcomes[name].trials) == (0.1, 1e-4, [])
+    scale = Scale()
+    for contender in (DPO, NCA[4], replace(NCA[4], world="writers")):
+        trials = contender.trials(scale.draws, scale.tuning_seeds, scale.size)
+        rewards = {}
+        for trial in trials:
+            rewards.setdefault(trial.method, []).append(runs.load(trial, folder / "runs")["reward"])
+        means = {method: np.mean(values) for method, values in rewards.items()}
+        assert outcomes[contender].method == max(means, key=means.get) and all(len(values) == 3 for values in rewards.values())
 
 
-def of(folder, method, task="sums"):
-    """What the files say of a method on the test split, in the order of the seeds."""
-    method = None if method is None else asdict(method)
-    found = [record for record in records(folder).values() if record["settings"]["split"] == "test"]
-    found = [r for r in found if r["settings"]["method"] == method and r["settings"]["task"] == task]
-    return sorted(found, key=lambda record: record["settings"]["seed"])
-
-
-def digits(record):
-    return np.array([int(digit) for digit in record["rewards"]])
-
-
-def shown(values, form=".3f"):
-    return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):.{form[-2]}f}"
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_every_question_has_its_table(name, invented, tmp_path):
+    outcomes, _ = invented
+    question = QUESTIONS[name]
+    reproduce.report(name, question, {contender: outcomes[contender] for contender in question.contenders}, tmp_path)
+    header, _, *rows = (tmp_path / f"{name}.md").read_text().strip().splitlines()
+    assert rows and all(row.count("|") == header.count("|") for row in rows)
+    assert (tmp_path / f"{name}.png").exists() == (question.draw is not None)
 
 
 def test_table1_is_what_the_files_say(invented):
-    outcomes, folder = invented
-    table = table_of("table1", outcomes)
-    assert list(table) == ["SFT", "KTO", "IPO", "DPO", "DPO x 3", "DPO x C(4,2)", "InfoNCA, K = 4", "NCA, K = 4"]
-    dpo = of(folder, outcomes["DPO"].method)
-    assert len(dpo) == 3
-    for name, row in table.items():
-        ours = of(folder, outcomes[name].method)
-        assert row["reward"] == shown([r["reward"] for r in ours])
-        assert row["exact"] == shown([(digits(r) == 4).mean() for r in ours])
-        trials = [runs.load(trial, folder / "runs")["reward"] for trial in outcomes[name].contender.trials(16, Scale().size)]
-        assert row["rewards in the search"] == (f"{min(trials):.3f} to {max(trials):.3f}" if trials else "")
-        if name == "DPO":
-            continue
-        signs = [np.sign(digits(a) - digits(b)).mean() for a, b in zip(ours, dpo, strict=True)]
-        assert row["win rate against DPO"] == shown([(sign + 1) / 2 for sign in signs])
-        gaps = [a["reward"] - b["reward"] for a, b in zip(ours, dpo, strict=True)]
-        assert row["reward less DPO's"] == f"{shown(gaps, '+.3f')} ({sum(gap > 0 for gap in gaps)} of 3)"
+    outcomes, _ = invented
+    table = QUESTIONS["table1"].table({contender: outcomes[contender] for contender in QUESTIONS["table1"].contenders})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    row = next(dict(zip(rows[0], row, strict=True)) for row in rows if row[:2] == ["writers", "NCA, K = 4"])
+    ours, dpo, every, start = (outcomes[replace(c, world="writers")].values("reward") for c in (NCA[4], DPO, DPO_ALL, SFT))
+    gaps = np.subtract(ours, every)
+    half = 2.571 * gaps.std(ddof=1) / 6**0.5
+    assert row["less DPO x C(4,2)'s"] == f"{gaps.mean():+.4f} [{gaps.mean() - half:+.4f}, {gaps.mean() + half:+.4f}]"
+    assert row["less DPO's"].startswith(f"{np.subtract(ours, dpo).mean():+.4f}")
+    assert row["less SFT's"].startswith(f"{np.subtract(ours, start).mean():+.4f}")
 
 
-def test_table2_is_what_the_files_say(invented):
-    outcomes, folder = invented
-    table = table_of("table2", outcomes)
-    assert list(table) == [f"{name}/{K}" for name in ("InfoNCA", "NCA") for K in (2, 3, 4)]
-    for key, row in table.items():
-        name, K = key.split("/")
-        ours, two = (of(folder, outcomes[f"{name}, K = {k}"].method) for k in (K, 2))
-        assert row["reward"] == shown([r["reward"] for r in ours])
-        gaps = [a["reward"] - b["reward"] for a, b in zip(ours, two, strict=True)]
-        wanted = "" if K == "2" else f"{shown(gaps, '+.3f')} ({sum(gap > 0 for gap in gaps)} of 3)"
-        assert row["reward less that at K = 2"] == wanted
+# --- intervals and answers -------------------------------------------------------------------------------------------
 
 
-def test_table3_is_what_the_files_say(invented):
-    outcomes, folder = invented
-    table = table_of("table3", outcomes)
-    supervised = of(folder, None, "chains")
-    for name, row in table.items():
-        ours = of(folder, outcomes[name].method, "chains")
-        assert row["accuracy, sampled"] == shown([digits(r).mean() for r in ours])
-        assert row["likeliest"] == shown([r["greedy_reward"] for r in ours])
-        if name == "SFT, chains":
-            continue
-        gaps = [a["greedy_reward"] - b["greedy_reward"] for a, b in zip(ours, supervised, strict=True)]
-        assert row["likeliest less SFT's"].startswith(shown(gaps, "+.3f"))
-        moves = [r["curves"]["chosen"][2] - r["curves"]["chosen"][0] for r in ours]
-        assert row["chosen log-prob, change"] == shown(moves, "+.2f")
+def test_the_interval_covers_95_percent():
+    generator = np.random.default_rng(0)
+    inside = [abs(i.mean - 2) < i.half for i in (inference.interval(list(generator.normal(2, 3, 12))) for _ in range(4000))]
+    assert 0.94 < np.mean(inside) < 0.96
 
 
-def test_figure2_is_what_the_files_say(invented):
-    outcomes, folder = invented
-    for name, row in table_of("figure2", outcomes).items():
-        ours = of(folder, outcomes[name].method)
-        for which in ("chosen", "rejected"):
-            moves = [r["curves"][which][2] - r["curves"][which][0] for r in ours]
-            assert row[f"{which} log-prob, change"] == shown(moves, "+.2f")
+@pytest.mark.parametrize(
+    "mean, half, delta, wanted",
+    [(0.01, 0.005, 0.003, "yes"), (0.0, 0.002, 0.003, "no"), (-0.01, 0.005, 0.003, "no"), (0.001, 0.005, 0.003, "cannot tell")],
+)
+def test_answers(mean, half, delta, wanted):
+    assert inference.answer(inference.Interval(mean, half), delta) == wanted
 
 
-def test_the_document_shows_what_came_out(monkeypatch):
-    """The tables in docs/experiments.md are those of the stored runs."""
-    monkeypatch.setattr(runs, "execute", lambda settings: pytest.fail(f"{settings.name} is not among the stored runs"))
-    outcomes = reproduce.compare(CONTENDERS, RESULTS / "runs", Scale())
+def test_a_single_seed_answers_nothing():
+    assert inference.answer(inference.interval([0.5]), 0.003) == "cannot tell"
+
+
+def test_the_share_has_an_interval_over_settings():
+    share, low, high = inference.share_above([[True] * 3] * 4 + [[False] * 3] * 4)
+    assert share == 0.5 and low < 0.25 and high > 0.75
+
+
+# --- what the documents say ------------------------------------------------------------------------------------------
+
+
+def test_the_first_experiments_tables_stay():
+    """The tables of the first experiments in docs/experiments.md are those that were stored with their runs."""
     document = (ROOT / "docs" / "experiments.md").read_text()
-    for name, report in REPORTS.items():
-        table = report.table({contender.name: outcomes[contender.name] for contender in report.contenders})
-        assert (RESULTS / f"{name}.md").read_text() == table
-        assert table.strip() in document
+    for table in sorted((ROOT / "bench" / "results" / "reproduce").glob("*.md")):
+        assert table.read_text().strip() in document
 
 
-@pytest.mark.parametrize("arguments", [["table4"], ["table1", "--seeds", "9"]])
+def test_the_protocol_names_every_world_and_question():
+    protocol = (ROOT / "docs" / "protocol.md").read_text()
+    assert all(name in protocol for name in WORLDS)
+    assert ", ".join(f"{beta:g}" for beta in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)) in protocol
+    assert all(str(seed) in protocol for seed in TUNING_SEEDS)
+
+
+@pytest.mark.parametrize("arguments", [["table4"], ["table1", "--seeds", "9"], ["table1", "--workers", "0"]])
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["reproduce", *arguments])

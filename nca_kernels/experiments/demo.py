@@ -22,8 +22,8 @@ from nca_kernels import __version__, explain
 from .align import Method, align
 from .figure import draw_curves
 from .tasks import TASKS
-from .toy import rewards
-from .world import Size, World, make_world
+from .toy import judge
+from .world import WORLDS, Size, World, make_world
 
 TASK = TASKS["sums"]
 
@@ -48,7 +48,7 @@ def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FUL
     datasets.disable_progress_bars()  # of the preparation of a few thousand rows
     seconds: dict[str, float] = {}
     with _timed("world", seconds):
-        world = make_world(TASK, seed, size, path=path, progress=progress)
+        world = make_world(WORLDS["exact"], seed, size, path=path, progress=progress)
     start = _evaluate(world.reference, world, seed)
 
     results: dict[str, dict[str, Any]] = {}
@@ -95,7 +95,7 @@ def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FUL
 
 def _evaluate(model: LlamaForCausalLM, world: World, seed: int) -> dict[str, float]:
     """Mean reward and share of exact answers, of one sample for each prompt."""
-    scores = rewards(model, TASK, world.test, torch.Generator().manual_seed(seed))
+    scores, _ = judge(model, world.reference, TASK, world.test, 1, torch.Generator().manual_seed(seed))
     return {"reward": scores.mean().item(), "exact": (scores == 1).float().mean().item()}
 
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # From the palette of Okabe and Ito, which is distinguishable with any colour vision.
-COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7")
+COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -51,6 +51,22 @@ def draw_points(results: dict[str, list[float]], label: str, path: Path) -> None
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     figure.savefig(path, dpi=150)
+
+
+def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, path: Path, log_x: bool = False) -> None:
+    """A panel for each world; in it a line through the points of each method, in the order of x."""
+    figure = _figure(4.5 * len(panels), 3.6)
+    for axes, (world, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for (name, points), color in zip(lines.items(), COLORS, strict=False):
+            axes.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=name, linewidth=1.5, markersize=4)
+        axes.set_title(world, loc="left", fontsize=10)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.spines[["top", "right"]].set_visible(False)
+        if log_x:
+            axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def _figure(width: float, height: float) -> Figure:

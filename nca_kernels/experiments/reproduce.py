@@ -1,8 +1,13 @@
-"""The paper's experiments in small: ``nca-kernels reproduce``. The record of every run is kept, and a run is done once."""
+"""The paper's experiments in small: ``nca-kernels reproduce``. Every run is kept as it ends, and is done once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,76 +16,113 @@ import torch
 from tqdm import tqdm
 
 from . import runs
-from .reports import REPORTS, Outcome, Outcomes
+from .questions import QUESTIONS, Outcome, Outcomes, Question
 from .runs import Settings
-from .search import Contender
-from .world import Size
+from .search import TUNING_SEEDS, Contender
+from .world import WORLDS, Size
+
+# The most runs that one worker takes at a time: they share a world, which takes longer to make than a run.
+CHUNK = 24
 
 
 @dataclass(frozen=True)
 class Scale:
     """How large a reproduction is. A seed stands for all that is random: problems, model, samples, batches."""
 
-    # Half a minute on one core for a world, ten seconds for a run in it.
-    size: Size = Size(hidden_size=128, taught=700 * 64, rewarded=2800, probed=150, validated=2000, tested=2000, steps=150)
-    draws: int = 16
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    size: Size = Size(hidden_size=128, taught=700 * 64, rewarded=2800, probed=150, validated=4000, tested=4000, steps=150)
+    draws: int = 8
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    seeds: tuple[int, ...] = tuple(range(12))
+
+    def tests(self, contender: Contender) -> list[tuple[int, Size]]:
+        """The test seeds of a contender and the size of its runs; what is not tuned has fewer seeds."""
+        size = replace(self.size, steps=6 * self.size.steps) if contender.world == "unlikely" else self.size
+        fewer = contender.given is not None and contender.world != "chains"
+        return [(seed, size) for seed in (self.seeds[:5] if fewer else self.seeds)]
 
 
 # Taught so little, the model has one chain in some hundreds right, by luck: enough to have pairs.
 QUICK = Scale(
     Size(hidden_size=32, taught=120 * 64, rewarded=400, probed=200, validated=20, tested=20, steps=4, batch_size=4),
     draws=1,
+    tuning_seeds=(1000,),
     seeds=(0,),
 )
 
 
-def run(what: str, out: Path, quick: bool = False) -> None:
-    """Do the runs that ``out/runs`` lacks; write ``out/NAME.md`` and ``out/NAME.png`` of each table or figure."""
+def run(what: str, out: Path, quick: bool = False, workers: int = 0) -> None:
+    """Do the runs that ``out/runs`` lacks; write ``out/NAME.md`` and, where there is a picture, ``out/NAME.png`` for each question.
+
+    ``workers``: processes that run side by side; 0 for one a core.
+    """
     scale = QUICK if quick else Scale()
-    torch.set_num_threads(1)  # a run's numbers depend on the order of its sums
-    datasets.disable_progress_bars()  # every run would show several
-    names = list(REPORTS) if what == "all" else [what]
+    names = list(QUESTIONS) if what == "all" else [what]
     out.mkdir(parents=True, exist_ok=True)
-    contenders = list(dict.fromkeys(contender for name in names for contender in REPORTS[name].contenders))
-    outcomes = compare(contenders, out / "runs", scale)
     for name in names:
-        report = REPORTS[name]
-        compared = {contender.name: outcomes[contender.name] for contender in report.contenders}
-        table = report.table(compared)
-        (out / f"{name}.md").write_text(table)
-        report.draw(compared, out / f"{name}.png")
-        print(f"\n{name}: {out / name}.md, {out / name}.png, {out / 'runs'}\n\n{table}")
+        question = QUESTIONS[name]
+        outcomes = compare(question.contenders, out / "runs", scale, workers)
+        report(name, question, outcomes, out)
 
 
-def compare(contenders: list[Contender], folder: Path, scale: Scale) -> Outcomes:
-    """Tune each contender, then run it at its best with every seed."""
-    trials = {contender: contender.trials(scale.draws, scale.size) for contender in contenders}
-    total = sum(map(len, trials.values())) + len(contenders) * len(scale.seeds)
-    # No smoothing: the time of a run varies, since some make their world first.
-    with tqdm(total=total, desc="runs", smoothing=0) as bar:
-        searched = _do(trials, folder, bar)
-        tuned = {contender: contender.tuned(searched[contender]) for contender in contenders}
-        tests = {
-            contender: [Settings(contender.task, method, seed, "test", scale.size) for seed in scale.seeds]
-            for contender, method in tuned.items()
-        }
-        tested = _do(tests, folder, bar)
-    return {
-        contender.name: Outcome(contender, method, searched[contender], tested[contender]) for contender, method in tuned.items()
+def report(name: str, question: Question, outcomes: Outcomes, out: Path) -> None:
+    """Write and print the answer to a question."""
+    text = question.table(outcomes)
+    (out / f"{name}.md").write_text(text)
+    if question.draw is not None:
+        question.draw(outcomes, out / f"{name}.png")
+    print(f"\n{name}: {out / name}.md, {out / 'runs'}\n\n{text}")
+
+
+def compare(contenders: Iterable[Contender], folder: Path, scale: Scale, workers: int = 1) -> Outcomes:
+    """Tune each contender, then run it at its best with every test seed."""
+    contenders = tuple(contenders)
+    trials = {contender: contender.trials(scale.draws, scale.tuning_seeds, scale.size) for contender in contenders}
+    searched = _do(trials, folder, "search", workers)
+    tuned = {contender: contender.tuned(searched[contender]) for contender in contenders}
+    tests = {
+        contender: [Settings(contender.world, method, seed, "test", size) for seed, size in scale.tests(contender)]
+        for contender, method in tuned.items()
     }
+    tested = _do(tests, folder, "tests", workers)
+    return {contender: Outcome(method, searched[contender], tested[contender]) for contender, method in tuned.items()}
 
 
-def _do(wanted: dict[Contender, list[Settings]], folder: Path, bar: tqdm) -> dict[Contender, list[dict[str, Any]]]:
-    """Do the runs that ``folder`` lacks, those of one world in a row; the records of all ``wanted``."""
-    everything = [settings for of_one in wanted.values() for settings in of_one]
-    for settings in sorted(everything, key=lambda settings: (settings.task != "sums", settings.seed)):
-        if runs.is_stored(settings, folder):
-            assert bar.total is not None
-            bar.total -= 1  # the bar estimates the time of the runs that are left
-            bar.refresh()
-            continue
-        bar.set_postfix_str(settings.name)
-        runs.store(runs.execute(settings), settings, folder)
-        bar.update()
+def _do(wanted: dict[Contender, list[Settings]], folder: Path, desc: str, workers: int) -> dict[Contender, list[dict[str, Any]]]:
+    """The records of all these runs, the missing ones run now."""
+    missing = [
+        settings
+        for settings in dict.fromkeys(s for of_one in wanted.values() for s in of_one)
+        if not runs.is_stored(settings, folder)
+    ]
+    chunks = list(_chunks(missing))
+    workers = min(workers or os.cpu_count() or 1, len(chunks))
+    with tqdm(total=len(missing), desc=desc, smoothing=0, disable=not missing) as bar:
+        if workers <= 1:
+            for chunk in chunks:
+                bar.update(_execute(chunk, folder))
+        else:
+            # A forked child would inherit PyTorch's threads in an unknown state.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                for done in as_completed([pool.submit(_execute, chunk, folder) for chunk in chunks]):
+                    bar.update(done.result())
     return {contender: [runs.load(settings, folder) for settings in of_one] for contender, of_one in wanted.items()}
+
+
+def _chunks(missing: list[Settings]) -> Iterator[list[Settings]]:
+    """Runs of one world and seed together, and worlds that share their reference after each other."""
+
+    def world(settings: Settings) -> tuple[Any, ...]:
+        return WORLDS[settings.world].task, settings.seed, bool(WORLDS[settings.world].writers), settings.world, settings.size.steps
+
+    for _, group in groupby(sorted(missing, key=world), key=lambda settings: world(settings)[:3]):
+        together = list(group)
+        yield from (together[start : start + CHUNK] for start in range(0, len(together), CHUNK))
+
+
+def _execute(chunk: list[Settings], folder: Path) -> int:
+    torch.set_num_threads(1)  # the numbers depend on the order of the sums
+    datasets.disable_progress_bars()  # each run would show some
+    for settings in chunk:
+        runs.store(runs.execute(settings), settings, folder)
+    return len(chunk)

@@ -1,4 +1,4 @@
-"""One run of the paper's experiments: a pure function of its settings. Its record is written to a file when it ends."""
+"""One run of the experiments: a pure function of its settings. Its record is written to a file when it ends."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from .align import Method, align
+from . import optimum
+from .align import Curves, Method, align
 from .tasks import TASKS
-from .toy import rewards
-from .world import Size, World, make_world
+from .toy import judge, response_logps
+from .world import WORLDS, Size, World, make_world
+
+# Samples of each held-out problem.
+SAMPLES = {"validation": 1, "test": 4}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``method`` None is the supervised model as it is; ``split`` is ``validation`` or ``test``."""
+    """``world`` names a kind of ``WORLDS``; ``method`` None is the supervised model; ``split`` is ``validation`` or ``test``."""
 
-    task: str
+    world: str
     method: Method | None
     seed: int
     split: str
@@ -33,7 +39,7 @@ class Settings:
         """Name of the record's file: what a reader looks for, and a digest of all settings."""
         method = f"{self.method.loss}-{self.method.K}" if self.method else "supervised"
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.task}-{method}-{self.split}-{self.seed}-{digest}"
+        return f"{self.world}-{method}-{self.split}-{self.seed}-{digest}"
 
 
 def is_stored(settings: Settings, folder: Path) -> bool:
@@ -47,10 +53,10 @@ def load(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def store(record: dict[str, Any], settings: Settings, folder: Path) -> None:
-    """Write the record, whole or not at all: a killed program leaves no half of a file for the next one to read."""
+    """Write the record whole or not at all: a killed program leaves no half of a file that the next one would read."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{settings.name}.part"
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.write_text(json.dumps(record) + "\n")
     unfinished.replace(_file(settings, folder))
 
 
@@ -59,17 +65,18 @@ def _file(settings: Settings, folder: Path) -> Path:
 
 
 def execute(settings: Settings) -> dict[str, Any]:
-    """Do the run and return its record.
+    """Run it.
 
-    Log-probs are means over held-out problems; ``rewards`` has one digit for each problem, in units of 1 / levels.
+    ``reward`` and ``exact`` (the share of the highest reward) are means over :data:`SAMPLES` of each held-out problem, with the
+    standard error of the reward. ``kl`` estimates KL(policy || reference) on the same samples, with its standard error.
+    ``chosen`` and ``rejected`` are mean log-probs of held-out best and worst responses, at ``steps``.
     """
     began = time.perf_counter()
-    task, size = TASKS[settings.task], settings.size
-    world = _world(settings.task, settings.seed, size)
+    world, size = _world(settings.world, settings.seed, settings.size), settings.size
     problems = getattr(world, settings.split)
-    model, curves = world.reference, None
+    model, curves, record = world.reference, Curves(), dict[str, Any]()
     if settings.method:
-        model, recorded = align(
+        model, curves = align(
             world.reference,
             world.train,
             world.probe,
@@ -78,28 +85,41 @@ def execute(settings: Settings) -> dict[str, Any]:
             steps=size.steps,
             batch_size=size.batch_size,
         )
-        curves = {which: _rounded(getattr(recorded, which)) for which in ("steps", "chosen", "rejected")}
-    sampled = rewards(model, task, problems, torch.Generator().manual_seed(settings.seed))
-    likeliest = rewards(model, task, problems, None)
+    task = TASKS[WORLDS[settings.world].task]
+    samples = SAMPLES[settings.split]
+    rewards, log_ratios = judge(model, world.reference, task, problems, samples, torch.Generator().manual_seed(settings.seed))
+    if settings.world == "chains":
+        record["greedy_reward"] = round(judge(model, world.reference, task, problems, 1, None)[0].mean().item(), 5)
+    if settings.world == "unlikely" and settings.method:
+        record["optimum"] = _fit(model, world, settings.method)
     return {
         "settings": asdict(settings),
         "supervised_steps": len(world.supervised_loss),
         "train_prompts": len(world.train),
-        "reward": round(sampled.mean().item(), 5),
-        "greedy_reward": round(likeliest.mean().item(), 5),
-        "greedy_exact": round((likeliest == 1).float().mean().item(), 5),
-        "rewards": "".join(str(round(reward * task.levels)) for reward in sampled.tolist()),
-        "curves": curves,
+        "reward": round(rewards.mean().item(), 5),
+        "reward_error": _error(rewards),
+        "exact": round((rewards == 1).float().mean().item(), 5),
+        "kl": round(log_ratios.mean().item(), 5),
+        "kl_error": _error(log_ratios),
+        **record,
+        **{which: [round(value, 4) for value in getattr(curves, which)] for which in ("steps", "chosen", "rejected")},
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
-# Consecutive runs share their world, which takes longer to make than a run takes.
+def _error(values: Tensor) -> float:
+    """The standard error of the mean of values [n, K]: samples of one problem are not independent."""
+    return round((values.mean(1).std() / len(values) ** 0.5).item(), 5)
+
+
+def _fit(model: LlamaForCausalLM, world: World, method: Method) -> dict[str, float]:
+    train = world.train
+    rewards = method.beta * (response_logps(model, train.tokens, train.labels, "linear") - train.ref_logps)
+    return optimum.fit(method, train.scores, rewards)
+
+
+# Consecutive runs share their world.
 @lru_cache(maxsize=1)
-def _world(task: str, seed: int, size: Size) -> World:
-    return make_world(TASKS[task], seed, size)
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [round(value, 4) for value in values]
+def _world(name: str, seed: int, size: Size) -> World:
+    return make_world(WORLDS[name], seed, size)

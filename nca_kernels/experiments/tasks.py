@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ class Task:
 
     digits: int
     operands: int
-    levels: int  # a reward is a whole number of 1 / levels
     target_loss: float  # loss per token at which about half of a model's samples are right
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
@@ -48,7 +48,7 @@ class Sums(Task):
     """``123+456=`` wants ``0579``; the reward is the share of right digits."""
 
     def __init__(self) -> None:
-        super().__init__(digits=3, operands=2, levels=4, target_loss=0.25)
+        super().__init__(digits=3, operands=2, target_loss=0.25)
 
     def _answer(self, numbers: list[int]) -> str:
         a, b = numbers
@@ -62,7 +62,7 @@ class Chains(Task):
     """``47+85+36=`` wants the step and then the result, ``132+36=168``; the reward is 1 if the result is right, else 0."""
 
     def __init__(self) -> None:
-        super().__init__(digits=2, operands=3, levels=1, target_loss=0.1)
+        super().__init__(digits=2, operands=3, target_loss=0.1)
 
     def _answer(self, numbers: list[int]) -> str:
         a, b, c = numbers
@@ -73,7 +73,19 @@ class Chains(Task):
         return (responses[..., -3:] == result).all(-1).float()
 
 
-TASKS = {"sums": Sums(), "chains": Chains()}
+class Near(Sums):
+    """Sums again; the reward is ``1 - log2(1 + |x - y|) / log2(10000)``, x the response and y the right sum: many levels."""
+
+    def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
+        places = torch.tensor([1000, 100, 10, 1])
+        digits = torch.where(responses < 10, responses, torch.tensor(10))
+        value = (digits * places).sum(-1)
+        error = (value - problems.sum(-1, keepdim=True)).abs().clamp(max=9999)
+        # A response with a sign in the place of a digit is no number.
+        return torch.where((digits < 10).all(-1), 1 - (1 + error.float()).log2() / math.log2(10_000), 0.0)
+
+
+TASKS = {"sums": Sums(), "chains": Chains(), "near": Near()}
 
 
 def _tokens(texts: list[str]) -> Tensor:

@@ -115,10 +115,14 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def at(self, index: Tensor | tuple[Tensor, ...]) -> Preferences:
+        """Some of the prompts, or of their responses."""
+        return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
+
     def ends(self) -> Preferences:
         """A best and a worst response of each prompt."""
-        index = torch.arange(len(self))[:, None], torch.stack([self.scores.argmax(1), self.scores.argmin(1)], 1)
-        return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
+        ends = torch.stack([self.scores.argmax(1), self.scores.argmin(1)], 1)
+        return self.at((torch.arange(len(self))[:, None], ends))
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows as :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them."""
@@ -141,20 +145,30 @@ def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path
     return torch.cat(logps).view(labels.shape[:2])
 
 
-def collect(model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator, path: str) -> Preferences:
-    """K samples of ``model``, the reference, for each problem, and their rewards; problems of a single reward are left out."""
-    responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
-    scores = task.rewards(problems, responses)
+def prefer(model: LlamaForCausalLM, task: Task, problems: Tensor, responses: Tensor, scores: Tensor, path: str) -> Preferences:
+    """Scored responses [n, K, R] with their log-probs under ``model``, without problems whose responses all score alike."""
     differ = scores.amax(1) > scores.amin(1)
     if not differ.any():
         raise ValueError(
-            f"model: all {K} samples of each of {len(problems)} problems have the same reward: there is nothing to learn from"
+            f"model: all {scores.shape[1]} responses to each of {len(problems)} problems score alike, so there is nothing to learn"
         )
     tokens, labels = sequences(task.prompts(problems[differ]), responses[differ])
     return Preferences(tokens, labels, scores[differ], response_logps(model, tokens, labels, path))
 
 
-def rewards(model: LlamaForCausalLM, task: Task, problems: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The reward of one sample for each problem, [n]; of the likeliest tokens if ``generator`` is None."""
-    responses = sample(model, task.prompts(problems), 1, task.answers(problems).shape[1], generator)
-    return task.rewards(problems, responses)[:, 0]
+def judge(
+    model: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    task: Task,
+    problems: Tensor,
+    K: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Of K samples a problem, or without a generator of the likeliest tokens: reward and ``logp - ref_logp``, both [n, K].
+
+    The mean log-ratio of samples is an unbiased estimate of KL(model || reference).
+    """
+    responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
+    tokens, labels = sequences(task.prompts(problems), responses)
+    log_ratios = response_logps(model, tokens, labels, "linear") - response_logps(reference, tokens, labels, "linear")
+    return task.rewards(problems, responses), log_ratios

@@ -1,15 +1,17 @@
-"""What a seed decides for every method: the problems, the supervised model, its samples and their rewards."""
+"""What a seed decides for every method: the problems, the supervised model, its training responses and their scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from .tasks import Task
-from .toy import Preferences, build_model, collect, teach
+from .annotators import Annotator, by_rank, exact, heavy_tailed, normal_02, normal_04, normal_08
+from .tasks import TASKS
+from .toy import Preferences, build_model, prefer, sample, teach
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,39 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """How the training responses of a world come about and are scored. The reward that judges a model is always the task's.
+
+    ``writers``: the loss per token to which each of four other models is taught; each writes one response a prompt, and the
+    reference, which training starts from, writes none. Without them the reference writes all.
+    ``unlikely``: keep this many prompts whose responses all differ and have a probability of at most 0.2 each, so that the
+    closed-form optimum is one that a model can reach.
+    """
+
+    task: str = "sums"
+    annotator: Annotator = exact
+    writers: tuple[float, ...] = ()
+    unlikely: int | None = None
+
+
+# The loss per token to which the four writers are taught; the policy's is 0.25.
+WRITERS = (0.9, 0.6, 0.4, 0.15)
+
+WORLDS = {
+    "exact": Kind(),
+    "noise_0.2": Kind(annotator=normal_02),
+    "noise_0.4": Kind(annotator=normal_04),
+    "noise_0.8": Kind(annotator=normal_08),
+    "noise_by_rank": Kind(annotator=by_rank),
+    "noise_heavy": Kind(annotator=heavy_tailed),
+    "writers": Kind(writers=WRITERS),
+    "near": Kind("near"),
+    "chains": Kind("chains"),
+    "unlikely": Kind(writers=WRITERS, unlikely=32),
+}
+
+
+@dataclass(frozen=True)
 class World:
     """The supervised model and the data of one seed. No problem is in two parts."""
 
@@ -39,12 +74,69 @@ class World:
     test: Tensor  # problems
 
 
-def make_world(task: Task, seed: int, size: Size, *, path: str = "linear", progress: bool = False) -> World:
-    """Make the world of a seed; the same on every call if PyTorch runs on one thread."""
+def make_world(kind: Kind, seed: int, size: Size, *, path: str = "linear", progress: bool = False) -> World:
+    """A function of its arguments alone, as long as PyTorch runs on one thread.
+
+    Worlds of one task and seed that differ in their annotator alone have the same problems, reference and responses.
+    """
+    task = TASKS[kind.task]
     generator = torch.Generator().manual_seed(seed)
     parts = [size.taught, size.rewarded, size.probed, size.validated, size.tested]
     taught, rewarded, probed, validation, test = task.draw(sum(parts), generator).split(parts)
-    reference = build_model(seed, size.hidden_size)
-    losses = teach(reference, task, taught, batch_size=64, target=task.target_loss, progress=progress)
-    train, probe = (collect(reference, task, part, size.responses, generator, path) for part in (rewarded, probed))
+    reference, losses = taught_model(kind.task, seed, size.hidden_size, task.target_loss, taught, progress)
+    noise = torch.Generator().manual_seed(seed + 77)
+
+    def scored(problems: Tensor) -> Preferences:
+        prompts, length = task.prompts(problems), task.answers(problems).shape[1]
+        if kind.writers:
+            models = [
+                taught_model(kind.task, seed + 10_000 * i, size.hidden_size, target, taught, progress)[0]
+                for i, target in enumerate(kind.writers, start=1)
+            ]
+            responses = torch.cat([sample(model, prompts, 1, length, generator) for model in models], dim=1)
+        else:
+            responses = sample(reference, prompts, size.responses, length, generator)
+        scores = kind.annotator(task.rewards(problems, responses), responses, noise)
+        return prefer(reference, task, problems, responses, scores, path)
+
+    train, probe = scored(rewarded), scored(probed)
+    if kind.unlikely is not None:
+        train = train.at(_unlikely(train)[: kind.unlikely])
     return World(reference, losses, train, probe, validation, test)
+
+
+def _unlikely(train: Preferences) -> Tensor:
+    """The prompts whose responses all differ and are unlikely under the reference."""
+    tokens = train.tokens
+    same = (tokens[:, :, None] == tokens[:, None, :]).all(-1).sum((1, 2)) > tokens.shape[1]
+    return (~same & (train.ref_logps.exp() <= 0.2).all(1)).nonzero()[:, 0]
+
+
+# Worlds that differ in their annotator alone follow each other, and teaching takes longer than a run.
+@lru_cache(maxsize=8)
+def _taught(
+    task: str, seed: int, hidden_size: int, target: float, taught: _Problems, progress: bool
+) -> tuple[LlamaForCausalLM, list[float]]:
+    model = build_model(seed, hidden_size)
+    return model, teach(model, TASKS[task], taught.values, batch_size=64, target=target, progress=progress)
+
+
+class _Problems:
+    """Problems as a key of a cache."""
+
+    def __init__(self, values: Tensor):
+        self.values = values
+        self._key = (tuple(values.shape), hash(values.numpy().tobytes()))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Problems) and self._key == other._key
+
+
+def taught_model(
+    task: str, seed: int, hidden_size: int, target: float, taught: Tensor, progress: bool
+) -> tuple[LlamaForCausalLM, list[float]]:
+    """A model taught on ``taught`` to the loss ``target``, and the losses. The same one for the same arguments: do not train it."""
+    return _taught(task, seed, hidden_size, target, _Problems(taught), progress)

@@ -1,0 +1,58 @@
+"""Intervals and answers, as docs/protocol.md defines them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+import numpy as np
+
+# The 0.975 quantile of Student's t, by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% interval; without an interval for a single value."""
+
+    mean: float
+    half: float | None
+
+    @property
+    def low(self) -> float:
+        return -np.inf if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return np.inf if self.half is None else self.mean + self.half
+
+    def text(self, digits: int = 4) -> str:
+        spread = "" if self.half is None else f" [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        return f"{self.mean:+.{digits}f}{spread}"
+
+
+def interval(values: list[float]) -> Interval:
+    """Student's interval of the mean of one value a seed."""
+    n = len(values)
+    return Interval(mean(values), _T[n - 2] * stdev(values) / n**0.5 if n > 1 else None)
+
+
+def paired(values: list[float], others: list[float]) -> Interval:
+    """The interval of the mean difference, seed by seed."""
+    return interval([value - other for value, other in zip(values, others, strict=True)])
+
+
+def answer(difference: Interval, delta: float) -> str:
+    """Yes: above 0. No: an effect of ``delta`` is excluded."""
+    if difference.low > 0:
+        return "yes"
+    return "no" if difference.high < max(delta, 0.0) else "cannot tell"
+
+
+def share_above(groups: list[list[bool]], draws: int = 10_000) -> tuple[float, float, float]:
+    """A share and its 95% bootstrap interval, whole groups drawn: the runs of one setting belong together."""
+    counts = np.array([[sum(group), len(group)] for group in groups])
+    picked = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
+    sums = counts[picked].sum(1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    return float(counts[:, 0].sum() / counts[:, 1].sum()), float(low), float(high)

@@ -1,0 +1,279 @@
+"""The questions of docs/protocol.md: what each compares, its table and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from .align import Method
+from .figure import draw_lines, draw_points
+from .inference import Interval, answer, interval, paired, share_above
+from .search import Contender
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A contender's tuned method, the records of its search, and those of its tests, one a seed."""
+
+    method: Method | None
+    trials: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+
+    def values(self, name: str) -> list[float]:
+        return [record[name] for record in self.records]
+
+    def moved(self, which: str) -> list[float]:
+        """How far the mean held-out log-prob of the ``chosen`` or ``rejected`` responses moved over the training."""
+        return [record[which][-1] - record[which][0] for record in self.records]
+
+
+Outcomes = dict[Contender, Outcome]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What it compares; its answers as Markdown; its picture, if it has one."""
+
+    contenders: tuple[Contender, ...]
+    table: Callable[[Outcomes], str]
+    draw: Callable[[Outcomes, Path], None] | None = None
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+SFT = Contender("SFT", None)
+DPO = Contender("DPO", "dpo", K=2)
+DPO_ALL = Contender("DPO x C(4,2)", "dpo", pairs="all")
+PAIRWISE_NCA = Contender("pairwise NCA", "nca", K=2, pairwise=True)
+INFO_NCA = {K: Contender(f"InfoNCA, K = {K}", "info_nca", K=K) for K in (2, 3, 4)}
+NCA = {K: Contender(f"NCA, K = {K}", "nca", K=K) for K in (2, 3, 4)}
+MAIN = (DPO, Contender("DPO x 3", "dpo"), DPO_ALL, PAIRWISE_NCA, INFO_NCA[4], NCA[4])
+MORE = (Contender("KTO", "kto", K=2), Contender("IPO", "ipo", K=2))
+# In the order in which they are run.
+NOISY = ("noise_0.4", "exact", "writers", "noise_0.2", "noise_0.8", "noise_by_rank", "noise_heavy", "near")
+BETAS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+
+
+def _in(world: str, *contenders: Contender) -> tuple[Contender, ...]:
+    return tuple(replace(contender, world=world) for contender in contenders)
+
+
+def _at(contender: Contender, beta: float) -> Contender:
+    return replace(contender, name=f"{contender.name} at beta {beta:g}", given=(beta, 0.3, 1.7e-4))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _parameters(method: Method | None) -> str:
+    if method is None:
+        return ""
+    alpha = f", alpha {method.alpha:g}" if method.loss in ("nca", "info_nca") else ""
+    return f"beta {method.beta:g}{alpha}, lr {method.lr:g}"
+
+
+def _delta(outcomes: Outcomes, world: str) -> float:
+    """Half of the lead of DPO over all pairs, and at least 0.003."""
+    dpo, every = (outcomes[replace(contender, world=world)].values("reward") for contender in (DPO, DPO_ALL))
+    return max(0.003, (mean(every) - mean(dpo)) / 2)
+
+
+def _table1(outcomes: Outcomes) -> str:
+    rows = []
+    for world in NOISY:
+        delta = _delta(outcomes, world)
+        dpo, every, start = (outcomes[replace(c, world=world)].values("reward") for c in (DPO, DPO_ALL, SFT))
+        for contender, outcome in outcomes.items():
+            if contender.world != world:
+                continue
+            reward = outcome.values("reward")
+            against = paired(reward, every)
+            asked = contender.name in (INFO_NCA[4].name, NCA[4].name)
+            differences = ("", "") if contender.loss is None else (paired(reward, dpo).text(), against.text())
+            best = interval([outcome.method.beta * change for change in outcome.moved("chosen")]).text(2) if outcome.method else ""
+            rows.append(
+                (
+                    world,
+                    contender.name,
+                    _parameters(outcome.method),
+                    f"{mean(reward):.4f}",
+                    paired(reward, start).text() if contender.loss else "",
+                    *differences,
+                    answer(against, delta) if asked else "",
+                    best,
+                )
+            )
+    header = ("world", "method", "setting", "reward", "less SFT's", "less DPO's", "less DPO x C(4,2)'s", "answer", "r of the best")
+    return markdown(header, rows)
+
+
+def _table2(outcomes: Outcomes) -> str:
+    rows = []
+    for contender, outcome in outcomes.items():
+        if contender.loss == "dpo":
+            continue
+        family = INFO_NCA if contender.loss == "info_nca" else NCA
+        reward = outcome.values("reward")
+        gain = paired(reward, outcomes[replace(family[2], world=contender.world)].values("reward"))
+        row = (contender.world, contender.name, _parameters(outcome.method), f"{mean(reward):.4f}")
+        told = ("", "") if contender.K == 2 else (gain.text(), answer(gain, _delta(outcomes, contender.world)))
+        rows.append((*row, *told))
+    return markdown(("world", "method", "setting", "reward", "less that at K = 2", "answer"), rows)
+
+
+def _table3(outcomes: Outcomes) -> str:
+    start = next(iter(outcomes.values()))
+    rows = []
+    for contender, outcome in outcomes.items():
+        gains: tuple[str, ...] = ("", "")
+        if contender.loss:
+            gains = tuple(paired(outcome.values(how), start.values(how)).text() for how in ("reward", "greedy_reward"))
+        accuracy = (f"{mean(outcome.values(how)):.4f}" for how in ("reward", "greedy_reward"))
+        rows.append((contender.name, _parameters(outcome.method), *accuracy, *gains))
+    header = ("method", "setting", "accuracy, sampled", "likeliest", "sampled less SFT's", "likeliest less SFT's")
+    return markdown(header, rows)
+
+
+def _optimum(outcomes: Outcomes) -> str:
+    rows = []
+    for contender, outcome in outcomes.items():
+        slope, deviation = (interval([record["optimum"][what] for record in outcome.records]) for what in ("slope", "deviation"))
+        told = "yes" if slope.low > 0.8 and slope.high < 1.2 else "cannot tell" if slope.half is None else "no"
+        rows.append((contender.name, slope.text(3), deviation.text(3), told))
+    return markdown(("method", "slope", "deviation over spread", "answer"), rows)
+
+
+def _figure2(outcomes: Outcomes) -> str:
+    rows = []
+    for contender, outcome in outcomes.items():
+        if contender.loss != "dpo":
+            continue
+        other = next(o for c, o in outcomes.items() if c.loss == "nca" and (c.world, c.given) == (contender.world, contender.given))
+        ours, theirs = outcome.moved("chosen"), other.moved("chosen")
+        dpo, nca, difference = interval(ours), interval(theirs), paired(theirs, ours)
+        setting = f"beta {contender.given[0]:g}" if contender.given else "tuned"
+        prevents = "" if dpo.high >= 0 else "yes" if difference.low > 0 else "no" if difference.high < 0 else "cannot tell"
+        rows.append((contender.world, setting, dpo.text(2), nca.text(2), difference.text(2), _sign(dpo), prevents))
+    header = ("world", "setting", "DPO's change", "pairwise NCA's", "difference", "DPO lowers", "NCA prevents")
+    return markdown(header, rows)
+
+
+def _sign(change: Interval) -> str:
+    return "yes" if change.high < 0 else "no" if change.low > 0 else "cannot tell"
+
+
+def _curves(outcomes: Outcomes) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes along beta, for each world and method."""
+    curves: dict[tuple[str, str], list[Outcome]] = {}
+    for contender, outcome in outcomes.items():
+        if contender.given:
+            curves.setdefault((contender.world, contender.name.split(" at beta")[0]), []).append(outcome)
+    return curves
+
+
+def _at_kl(curve: list[Outcome], seed: int, kl: float) -> float:
+    """The reward at this KL on the line through a seed's points, sorted by KL; the end's beyond the ends."""
+    points = sorted((outcome.records[seed]["kl"], outcome.records[seed]["reward"]) for outcome in curve)
+    return float(np.interp(kl, [x for x, _ in points], [y for _, y in points]))
+
+
+def _frontier(outcomes: Outcomes) -> str:
+    rows = []
+    for (world, name), curve in _curves(outcomes).items():
+        dpo = _curves(outcomes)[world, DPO.name]
+        seeds = range(len(curve[0].records))
+        best = [max((o.records[seed]["reward"], o.records[seed]["kl"]) for o in dpo) for seed in seeds]
+        top = interval([max(o.records[seed]["reward"] for o in curve) for seed in seeds])
+        gain = paired([_at_kl(curve, seed, best[seed][1]) for seed in seeds], [reward for reward, _ in best])
+        error = max(record["kl_error"] for o in curve for record in o.records)
+        rows.append((world, name, top.text(), f"{mean(kl for _, kl in best):.3f}", gain.text(), f"{error:.3f}"))
+    header = ("world", "method", "best reward over beta", "KL of DPO's best", "reward there less DPO's", "largest error of a KL")
+    return markdown(header, rows)
+
+
+def _settings(outcomes: Outcomes) -> str:
+    rows = []
+    for contender, outcome in outcomes.items():
+        if contender.loss:
+            share, low, high = _share(outcome, outcomes[replace(SFT, world=contender.world)])
+            rows.append((contender.world, contender.name, f"{share:.2f} [{low:.2f}, {high:.2f}]"))
+    return markdown(("world", "method", "share of the search above SFT"), rows)
+
+
+def _share(outcome: Outcome, start: Outcome) -> tuple[float, float, float]:
+    """Of the runs of the search that end above the supervised model of the same seed, on the validation problems."""
+    level = {record["settings"]["seed"]: record["reward"] for record in start.trials}
+    groups: dict[str, list[bool]] = {}
+    for record in outcome.trials:
+        above = record["reward"] > level[record["settings"]["seed"]]
+        groups.setdefault(str(record["settings"]["method"]), []).append(above)
+    return share_above(list(groups.values()))
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _draw_rewards(outcomes: Outcomes, path: Path) -> None:
+    points = {f"{contender.world}: {contender.name}": outcome.values("reward") for contender, outcome in outcomes.items()}
+    draw_points(points, "reward of held-out samples", path)
+
+
+def _draw_frontier(outcomes: Outcomes, path: Path) -> None:
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (world, name), curve in _curves(outcomes).items():
+        panels.setdefault(world, {})[name] = [(mean(o.values("kl")), mean(o.values("reward"))) for o in curve]
+    draw_lines(panels, "KL(policy || reference), nats", "reward", path)
+
+
+def _draw_figure2(outcomes: Outcomes, path: Path) -> None:
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (world, name), curve in _curves(outcomes).items():
+        panels.setdefault(world, {})[name] = [(o.method.beta, mean(o.moved("chosen"))) for o in curve if o.method]
+    draw_lines(panels, "beta", "change of the chosen log-prob, nats", path, log_x=True)
+
+
+# --- the questions ---------------------------------------------------------------------------------------------------
+
+_PAIRWISE = (DPO, PAIRWISE_NCA)
+_CHAINS = _in("chains", SFT, DPO, PAIRWISE_NCA)
+_USUAL = tuple(replace(c, name=f"{c.name} at beta 0.1", given=(0.1, 0.0, 1e-4)) for c in _CHAINS[1:])
+_UNLIKELY = tuple(replace(c, world="unlikely", given=(1.0, 0.3, 3e-4)) for c in (INFO_NCA[4], NCA[4]))
+_MAIN = tuple(
+    contender for world in NOISY for contender in _in(world, SFT, *MAIN, *(MORE if world in ("exact", "noise_0.4") else ()))
+)
+_ALONG_BETA = {
+    "exact": _in("exact", *(_at(contender, beta) for contender in MAIN for beta in BETAS)),
+    "noise_0.4": _in("noise_0.4", *(_at(contender, beta) for contender in MAIN for beta in BETAS)),
+    "writers": _in("writers", *(_at(contender, beta) for contender in _PAIRWISE for beta in BETAS)),
+}
+_PAIRS_ALONG_BETA = tuple(
+    contender
+    for world, along in _ALONG_BETA.items()
+    for contender in (*_in(world, *_PAIRWISE), *(c for c in along if c.name.split(" at beta")[0] in (DPO.name, PAIRWISE_NCA.name)))
+)
+
+QUESTIONS = {
+    "table1": Question(_MAIN, _table1, _draw_rewards),
+    "settings": Question(_MAIN, _settings),
+    "optimum": Question(_UNLIKELY, _optimum),
+    "figure2": Question(_PAIRS_ALONG_BETA, _figure2, _draw_figure2),
+    "table2": Question(
+        tuple(
+            c for world in ("exact", "noise_0.4", "writers") for c in _in(world, DPO, DPO_ALL, *INFO_NCA.values(), *NCA.values())
+        ),
+        _table2,
+    ),
+    "table3": Question((*_CHAINS, *_USUAL), _table3),
+    "frontier": Question((*_ALONG_BETA["exact"], *_ALONG_BETA["noise_0.4"]), _frontier, _draw_frontier),
+}
