@@ -32,8 +32,8 @@ SMALL = Size(hidden_size=16, taught=20 * 64, rewarded=60, probed=20, validated=1
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread(one_thread):
-    """As it runs: without Triton's interpreter, too."""
+def without_interpreter():
+    """As a user runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
@@ -43,7 +43,7 @@ def one_thread(one_thread):
 
 
 @pytest.fixture(scope="module")
-def exact_world(one_thread):
+def exact_world(without_interpreter):
     return make_world(WORLDS["exact"], 3, SMALL)
 
 
@@ -128,7 +128,7 @@ def records(folder):
 
 
 @pytest.fixture(scope="module")
-def quick(one_thread, tmp_path_factory):
+def quick(without_interpreter, tmp_path_factory):
     """The folder of a quick reproduction of one question whose first program was killed, and the records that it had left."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     arguments = ["reproduce", "table3", "--quick", "--workers", "1", "--out", str(out)]
