@@ -1,5 +1,8 @@
 """Log-probs of labels, log softmax(z)[label] with z = softcap * tanh(scale * logits / softcap), and their gradient.
 
+With ``stats`` of four rows, forward also writes ``sum_v gap_v exp(gap_v)``, ``gap_v = z_v - max z``, from which the entropy
+follows. Without them, and without gradients of the log-sum-exp and the entropy, the compiled code is free of both.
+
 A row is read as 16-byte words counted from the boundary at or before its first element, so loads are vectorised at any
 stride, offset and vocabulary size (a pad token makes many vocabularies odd), and alignment never asks for a recompile.
 Elements of the first and last word that belong to a neighbour are dropped; a word never crosses a page, so touching
@@ -19,11 +22,15 @@ import triton.language as tl
 # The maximum's start. Finite, so that -inf logits give exp(-inf - max) = 0 and not exp(-inf + inf) = NaN.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
+# A gap z - max whose exponential is exactly 0 in float32. Gaps are kept above it where they meet their exponential, because
+# -inf * 0 is NaN.
+_GONE = tl.constexpr(-128.0)
+
 # One compiled kernel serves every shape: no integer's value and no address enters the compile key.
 _SCALARS = [
     "T", "V", "stride_n", "stride_t", "dstride_n", "dstride_t", "ignore_index", "vocab_start", "vocab_total", "blocks",
 ]  # fmt: skip
-_POINTERS = ["logits", "labels", "logps", "stats", "dlogps", "dlogits"]
+_POINTERS = ["logits", "labels", "logps", "stats", "dlogps", "dlogits", "dlse", "dentropy"]
 
 
 @triton.jit
@@ -50,14 +57,14 @@ def _tanh(u):
 
 @triton.jit
 def _scaled(logits, inner, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z and dz/dlogits, where inner is scale / softcap, or scale without a softcap."""
+    """z and dz/dlogits / scale, where inner is scale / softcap, or scale without a softcap."""
     z = logits.to(tl.float32) * inner
-    dz = inner
+    slope = 1.0
     if HAS_SOFTCAP:
         t = _tanh(z)
         z = softcap * t
-        dz = inner * softcap * (1.0 - t * t)
-    return z, dz
+        slope = 1.0 - t * t
+    return z, slope
 
 
 @triton.jit
@@ -68,10 +75,17 @@ def _first_word(row, VEC: tl.constexpr):
 
 
 @triton.jit
-def _online(top, total, z):
-    """Take z [WORDS, VEC] into the running maximum and sum of exponentials [WORDS]. NaN lives on in the sum."""
+def _online(top, total, moment, z, HAS_MOMENT: tl.constexpr):
+    """Take z [WORDS, VEC] into the running maximum, sum of exponentials and moment [WORDS]. NaN lives on in the sums."""
     new = tl.maximum(top, tl.max(z, axis=1))
-    return new, tl.fma(total, _exp(top - new), tl.sum(_exp(z - new[:, None]), axis=1))
+    drop = top - new
+    kept = _exp(drop)
+    gaps = z - new[:, None]
+    odds = _exp(gaps)
+    if HAS_MOMENT:
+        moment = tl.fma(tl.maximum(drop, _GONE), total, moment)  # of the gaps to the new maximum
+        moment = tl.fma(moment, kept, tl.sum(odds * tl.maximum(gaps, _GONE), axis=1))
+    return new, tl.fma(total, kept, tl.sum(odds, axis=1)), moment
 
 
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
@@ -79,7 +93,7 @@ def _token_logps_fwd_kernel(
     logits,  # [N, T, V]
     labels,  # [N, T]
     logps,  # [N, T]
-    stats,  # [3, N, T]
+    stats,  # [3, N, T], or [4, N, T] with the moment
     T,
     V,
     stride_n,
@@ -90,6 +104,7 @@ def _token_logps_fwd_kernel(
     inner,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_MOMENT: tl.constexpr,
     WORDS: tl.constexpr,
     VEC: tl.constexpr,
 ):
@@ -104,6 +119,8 @@ def _token_logps_fwd_kernel(
         tl.store(stats + row, fill)
         tl.store(stats + rows + row, fill + 1.0)
         tl.store(stats + 2 * rows + row, fill)
+        if HAS_MOMENT:
+            tl.store(stats + 3 * rows + row, fill)
         return
 
     first = logits + n * stride_n + t * stride_t
@@ -120,20 +137,26 @@ def _token_logps_fwd_kernel(
     lanes = tl.arange(0, VEC)[None, :]
     top = tl.full([WORDS], _LOWEST, tl.float32)
     total = tl.zeros([WORDS], tl.float32)
+    moment = tl.zeros([WORDS], tl.float32)
     # The first and the last block (one and the same in a short row) take masks, those between do without. One comparison
     # does for both ends: what lies before the row becomes a large number.
     for start in range(0, end, tl.maximum(last, BLOCK)):
         at = start + words + lanes
         x = tl.load(first + at, mask=start + words < end, other=0.0)
         z = _scaled(x, inner, softcap, HAS_SOFTCAP)[0]
-        top, total = _online(top, total, tl.where((at - lead).to(tl.uint32) < V.to(tl.uint32), z, float("-inf")))
+        z = tl.where((at - lead).to(tl.uint32) < V.to(tl.uint32), z, float("-inf"))
+        top, total, moment = _online(top, total, moment, z, HAS_MOMENT)
     for start in range(BLOCK, last, BLOCK):
         z = _scaled(tl.load(first + (start + words + lanes)), inner, softcap, HAS_SOFTCAP)[0]
-        top, total = _online(top, total, z)
+        top, total, moment = _online(top, total, moment, z, HAS_MOMENT)
 
     target = tl.where(here, _scaled(at_label, inner, softcap, HAS_SOFTCAP)[0], 0.0)
     row_top = tl.max(top, axis=0)
-    row_total = tl.sum(total * _exp(top - row_top), axis=0)
+    drop = top - row_top
+    kept = _exp(drop)
+    row_total = tl.sum(total * kept, axis=0)
+    if HAS_MOMENT:
+        tl.store(stats + 3 * rows + row, tl.sum(tl.fma(tl.maximum(drop, _GONE), total, moment) * kept, axis=0))
     row_top = tl.where(row_total == 0.0, float("-inf"), row_top)  # every logit is -inf
     tl.store(logps + row, target - row_top - tl.log(row_total))
     tl.store(stats + row, row_top)
@@ -146,8 +169,10 @@ def _token_logps_bwd_kernel(
     dlogps,  # [N, T]
     logits,  # [N, T, V]
     labels,  # [N, T]
-    stats,  # [3, N, T]
+    stats,  # [3, N, T], or [4, N, T] with the moment
     dlogits,  # [N, T, V]
+    dlse,  # [N, T] or None
+    dentropy,  # [N, T] or None
     T,
     V,
     stride_n,
@@ -185,14 +210,36 @@ def _token_logps_bwd_kernel(
     words = start + tl.arange(0, WORDS)[:, None] * VEC
     at = words + tl.arange(0, VEC)[None, :]
 
+    # dz = dlogp (onehot - p) + dlse p - dentropy p (log p + H), where log p + H = gap - moment / total. So each column is
+    # p (per_p + per_gap * gap), and the label's has dlogp (1 - p) in place of -dlogp p.
+    # 1 - p at the label is -expm1(logp) = -2h / (1 - h), h = tanh(logp / 2): exact where p is near 1.
+    half = _tanh(0.5 * (target - row_top - tl.log(row_total)))
+    at_label = dlogp * (-2.0 * half / (1.0 - half))
+    inverse = 1.0 / row_total
+    per_p = 0.0
+    per_gap = 0.0
+    if dlse is not None:
+        per_p += tl.load(dlse + row)
+    if dentropy is not None:
+        per_gap = -tl.load(dentropy + row)
+        per_p -= per_gap * (tl.load(stats + 3 * rows + row) * inverse)
+    if (dlse is not None) or (dentropy is not None):
+        gap = tl.maximum(target - row_top, _GONE)
+        at_label += _exp(gap) * inverse * (per_p + per_gap * gap)
+    scale = inner * softcap if HAS_SOFTCAP else inner
+    at_label *= scale
+    per_p = (per_p - dlogp) * inverse * scale
+    per_gap = per_gap * inverse * scale
+
     grad = tl.zeros([WORDS, VEC], tl.float32)
     if label != ignore_index:
-        z, dz = _scaled(tl.load(first + at, mask=words < end, other=0.0), inner, softcap, HAS_SOFTCAP)
-        p = _exp(z - row_top) * (1.0 / row_total)
-        # 1 - p at the label is -expm1(logp) = -2h / (1 - h), h = tanh(logp / 2): exact where p is near 1.
-        half = _tanh(0.5 * (target - row_top - tl.log(row_total)))
+        z, slope = _scaled(tl.load(first + at, mask=words < end, other=0.0), inner, softcap, HAS_SOFTCAP)
+        gaps = z - row_top
+        factor = per_p
+        if dentropy is not None:
+            factor = tl.fma(tl.maximum(gaps, _GONE), per_gap, per_p)
         label_at = (label - vocab_start + lead).to(tl.int32)
-        grad = tl.where(at == label_at, -2.0 * half / (1.0 - half), -p) * (dlogp * dz)
+        grad = tl.where(at == label_at, at_label, _exp(gaps) * factor) * slope
 
     grad = grad.to(dlogits.dtype.element_ty)
     whole = (words >= lead) & (words + VEC <= end)
@@ -246,7 +293,7 @@ def token_logps_fwd(
     logits: torch.Tensor,  # [N, T, V], last stride 1
     labels: torch.Tensor,  # [N, T] int64
     logps: torch.Tensor,  # [N, T] float32, out
-    stats: torch.Tensor,  # [3, N, T] float32, out
+    stats: torch.Tensor,  # [3, N, T] float32, or [4, N, T] for the moment as well; out
     *,
     ignore_index: int,
     scale: float,
@@ -270,6 +317,7 @@ def token_logps_fwd(
             ignore_index,
             vocab_start,
             vocab_total,
+            HAS_MOMENT=len(stats) == 4,
             **_transform(scale, softcap),
             **_fwd_launch(V, logits.element_size(), softcap),
         )
@@ -279,9 +327,11 @@ def token_logps_bwd(
     dlogps: torch.Tensor,  # [N, T] float32
     logits: torch.Tensor,  # [N, T, V], last stride 1
     labels: torch.Tensor,  # [N, T] int64
-    stats: torch.Tensor,  # [3, N, T] float32
+    stats: torch.Tensor,  # [3, N, T] float32, or [4, N, T]
     dlogits: torch.Tensor,  # [N, T, V], last stride 1, out; may be logits itself
     *,
+    dlse: torch.Tensor | None = None,  # [N, T] float32
+    dentropy: torch.Tensor | None = None,  # [N, T] float32; needs the moment
     ignore_index: int,
     scale: float,
     softcap: float | None,
@@ -305,6 +355,8 @@ def token_logps_bwd(
             labels,
             stats,
             dlogits,
+            dlse,
+            dentropy,
             T,
             V,
             *strides,
