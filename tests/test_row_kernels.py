@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, _target
 from oracle import DTYPES, assert_no_worse, transformed
 from torch import Tensor
 
@@ -20,6 +20,12 @@ from nca_kernels.backends import BACKENDS
 
 TOL = 1e-6
 IGNORED = -100
+
+
+@pytest.fixture(params=["triton"])
+def kernels(request) -> Target:
+    """The backends that have these statistics so far."""
+    return _target(request)
 
 
 class Upstream(NamedTuple):

@@ -20,34 +20,54 @@ import pytest
 import nca_kernels
 from nca_kernels.loss_table import LOSSES
 
-CAPABILITIES = (80, 90, 100)
+# The GPU that the settings were made for, in every dtype at two vocabularies; the others in two dtypes at the longer one.
+MAIN = 90
+CAPABILITIES = (80, 89, MAIN, 100, 120)
 VOCABULARIES = (32000, 128256)
+LONG = VOCABULARIES[-1]
 DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}
 POINTERS = {"labels": "*i64", "mask": "*i1", "desirable": "*i1"}  # the others are float32, or of the logits' dtype
 FLOATS = ("inner", "softcap", "beta", "alpha", "factor")
+STRIDES = ("stride_n", "stride_t", "dstride_n", "dstride_t")
 REGISTERS = 65536  # of a multiprocessor, on every one of these GPUs
 
 
-def _token_logps_cases():
+def _fwd_cases(dtype, V, softcap):
     from nca_kernels.backends.triton import token_logps
 
-    for kernel, dtype, V, softcap in itertools.product(("fwd", "bwd"), DTYPES, VOCABULARIES, (False, True)):
-        itemsize = DTYPES[dtype][1]
-        if kernel == "fwd":
-            launch = token_logps._fwd_launch(V, itemsize, 30.0 if softcap else None)
-            yield "token_logps_fwd", dtype, {**launch, "HAS_SOFTCAP": softcap}
-        else:
-            launch = {**token_logps._bwd_launch(V, itemsize), "HAS_SOFTCAP": softcap}
-            yield "token_logps_bwd", dtype, {**launch, "ALIKE": True}
-            yield "token_logps_bwd", dtype, {**launch, "ALIKE": False}
+    for has_moment in (False, True):
+        launch = token_logps._fwd_launch(V, DTYPES[dtype][1], softcap, has_moment)
+        yield "token_logps_fwd", dtype, {**launch, "HAS_SOFTCAP": softcap is not None, "HAS_MOMENT": has_moment}
 
 
-def _group_loss_cases():
+def _bwd_cases(dtype, V, softcap, *absent):
+    from nca_kernels.backends.triton import token_logps
+
+    launch = {**token_logps._bwd_launch(V, DTYPES[dtype][1]), "HAS_SOFTCAP": softcap is not None}
+    for names in ((), ("dlse", "dentropy"), *absent):
+        yield "token_logps_bwd", dtype, {**launch, **dict.fromkeys(names), "ALIKE": True}
+
+
+def _group_loss_cases(names):
     from nca_kernels.backends.triton import group_loss
 
-    for loss, K in [*((loss, 4) for loss in LOSSES), ("dpo", 64)]:
-        launch = group_loss._launch(K)
-        yield "group_loss_fwd", "float32", {**launch, "LOSS": loss, "PAIRS": "best_vs_rest", "REDUCED": True}
+    # A ragged batch with everything, and a full one with nothing.
+    absent = dict.fromkeys(("mask", "lengths", "desirable", "baseline"))
+    for name, K in [(name, 4) for name in names] + [("dpo", 64)]:
+        launch = {**group_loss._launch(K), "LOSS": name}
+        yield "group_loss_fwd", "float32", {**launch, "PAIRS": "best_vs_rest", "REDUCED": True}
+        yield "group_loss_fwd", "float32", {**launch, **absent, "PAIRS": "all", "REDUCED": False}
+
+
+def _cases(capability):
+    """``(name, dtype, launch settings and absent arguments)`` of every kernel to compile."""
+    main = capability == MAIN
+    for softcap in (None, 30.0):
+        for dtype, V in itertools.product(DTYPES, VOCABULARIES) if main else [("float32", LONG), ("bfloat16", LONG)]:
+            yield from _fwd_cases(dtype, V, softcap)
+        for dtype in DTYPES if main else ("bfloat16",):
+            yield from _bwd_cases(dtype, LONG, softcap, *([("dlse",), ("dentropy",)] if main else []))
+    yield from _group_loss_cases(LOSSES if main else ("nca", "dpo"))
 
 
 def _compile(case):
@@ -55,24 +75,26 @@ def _compile(case):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    capability, name, dtype, launch = case
+    capability, name, dtype, launch, wide_strides = case
     module = importlib.import_module(f"nca_kernels.backends.triton.{name.rsplit('_', 1)[0]}")
     kernel = getattr(module, f"_{name}_kernel")
     constants = {key: value for key, value in launch.items() if key in kernel.arg_names}
     options = {key: value for key, value in launch.items() if key not in constants}
     signature, specialised = {}, []
     for param in kernel.params:
-        if param.name in FLOATS:
+        if param.name in constants:
+            if _version(triton) >= (3, 3):
+                signature[param.name] = "constexpr"
+        elif param.name in FLOATS:
             signature[param.name] = "fp32"
         elif param.name in module._POINTERS:
             element = DTYPES[dtype][0] if param.name in ("logits", "dlogits") else "fp32"
             signature[param.name] = POINTERS.get(param.name, f"*{element}")
             specialised += [] if param.do_not_specialize_on_alignment else [param.name]
-        elif param.name not in constants:
-            signature[param.name] = "i32"
+        else:
+            # A stride past 2^31 elements is an int64; which of them are makes no difference to what is asserted here.
+            signature[param.name] = "i64" if wide_strides and param.name in STRIDES else "i32"
             specialised += [] if param.do_not_specialize else [param.name]
-        elif _version(triton) >= (3, 3):
-            signature[param.name] = "constexpr"
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -106,9 +128,15 @@ def _version(triton):
 def _compile_all():
     import triton
 
-    # ptxas knows sm_100 since Triton 3.3; that of 3.6 still puts 8 bytes of one forward kernel into local memory.
+    # ptxas knows sm_100 and sm_120 since Triton 3.3; that of 3.6 still puts 8 bytes of one forward kernel into local memory.
     capabilities = [c for c in CAPABILITIES if c < 100 or _version(triton) >= (3, 9)]
-    cases = [(c, *case) for c in capabilities for case in (*_token_logps_cases(), *_group_loss_cases())]
+    cases = [(c, *case, False) for c in capabilities for case in _cases(c)]
+    cases += [
+        (c, name, dtype, {**launch, "ALIKE": False}, wide)
+        for c, name, dtype, launch, wide in cases
+        if (c, name, dtype) == (MAIN, "token_logps_bwd", "bfloat16")
+    ]
+    cases += [(MAIN, *case, True) for case in (*_fwd_cases("bfloat16", LONG, None), *_bwd_cases("bfloat16", LONG, None))]
     unique = {json.dumps(case): case for case in cases}.values()  # two vocabularies may share their settings
     with multiprocessing.Pool(2) as pool:
         return list(pool.imap_unordered(_compile, unique))

@@ -268,14 +268,17 @@ def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps
     }
 
 
-def _fwd_launch(V: int, itemsize: int, softcap: float | None) -> dict[str, int | bool]:
+def _fwd_launch(V: int, itemsize: int, softcap: float | None, has_moment: bool) -> dict[str, int | bool]:
     """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB).
 
     Four words a thread are four loads in flight: with 1024 threads to a multiprocessor, 64 KiB, about three times what
     an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
     the end of another.
     """
-    launch = _launch(V, itemsize, words_per_thread=4, trips=4, most_warps=16)
+    # A softcap and the moment together need 70 to 102 registers for four words, and on sm_120 spill. Arithmetic is their
+    # limit, not memory, so two loads in flight are enough.
+    words = 2 if has_moment and softcap is not None else 4
+    launch = _launch(V, itemsize, words_per_thread=words, trips=16 // words, most_warps=16)
     # Told that it may have 64 registers, ptxas puts all four loads first; left alone, it takes 32 to 51 (Triton 3.6) and
     # starts two or three of them, the others between the arithmetic. With a softcap 64 are too few for sm_100.
     return launch if softcap is not None else {**launch, "maxnreg": 64}
@@ -301,7 +304,9 @@ def token_logps_fwd(
     vocab_start: int,
     vocab_total: int,
 ) -> None:
+    """Write the log-probs and the statistics of every row: one read of ``logits``."""
     N, T, V = logits.shape
+    has_moment = len(stats) == 4
     if N * T == 0:
         return
     with torch.cuda.device_of(logits):
@@ -317,9 +322,9 @@ def token_logps_fwd(
             ignore_index,
             vocab_start,
             vocab_total,
-            HAS_MOMENT=len(stats) == 4,
+            HAS_MOMENT=has_moment,
             **_transform(scale, softcap),
-            **_fwd_launch(V, logits.element_size(), softcap),
+            **_fwd_launch(V, logits.element_size(), softcap, has_moment),
         )
 
 
@@ -338,6 +343,7 @@ def token_logps_bwd(
     vocab_start: int,
     vocab_total: int,
 ) -> None:
+    """Write ``dlogits`` from the statistics of forward: one read of ``logits`` and one write."""
     N, T, V = logits.shape
     if N * T == 0:
         return
