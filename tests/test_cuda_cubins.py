@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
-ARCHS = ("80", "90", "100")
+ARCHS = ("75", "80", "90", "100", "120")  # of setup.py
 TOKEN_LOGPS = [
-    f"token_logps_{direction}_kernel<{dtype}, {softcap}>"
+    f"token_logps_{direction}_kernel<{dtype}, {softcap}, {entropy}>"
     for direction in ("fwd", "bwd")
     for dtype in ("float", "bfloat16", "half")
     for softcap in ("plain", "softcap")
+    for entropy in ("alone", "entropy")
 ]
 STEMS = {"token_logps": TOKEN_LOGPS, "group_loss": ["group_loss_fwd_kernel"]}
 # Atomics, whose order would change the last bits from run to run, and local memory.
@@ -45,12 +46,13 @@ def find_cuobjdump() -> str | None:
 
 
 def kernel_name(symbol: str) -> str:
-    """``token_logps_fwd_kernel<float, softcap>`` from a mangled symbol."""
-    template = re.search(r"(token_logps_(?:fwd|bwd)_kernel)I(?:\d+__nv_|\d+__)?(f|bfloat16|half)Lb([01])E", symbol)
+    """``token_logps_fwd_kernel<float, softcap, alone>`` from a mangled symbol."""
+    template = re.search(r"(token_logps_(?:fwd|bwd)_kernel)I(?:\d+__nv_|\d+__)?(f|bfloat16|half)Lb([01])ELb([01])E", symbol)
     if template is None:
         return re.search(r"[a-z_]+_kernel", symbol)[0]
-    name, dtype, softcap = template.groups()
-    return f"{name}<{'float' if dtype == 'f' else dtype}, {('plain', 'softcap')[int(softcap)]}>"
+    name, dtype, softcap, entropy = template.groups()
+    arguments = ("float" if dtype == "f" else dtype, ("plain", "softcap")[int(softcap)], ("alone", "entropy")[int(entropy)])
+    return f"{name}<{', '.join(arguments)}>"
 
 
 @pytest.fixture(scope="module")

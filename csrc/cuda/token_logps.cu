@@ -4,6 +4,8 @@
 // bits every time. Each thread has kInFlight loads of 16 bytes under way: the 1024 to 1536 threads that fit on an SM
 // make 64 to 96 KB, where an H100 needs about 20 KB (3.35 TB/s over 132 SMs at 0.8 us of latency), so the blocks that
 // are just starting or ending a row leave no gap.
+//
+// What only the entropy needs (the moment of a row, its gradient) is a template argument: without it the code is free of it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -23,6 +25,8 @@ constexpr int kInFlight = 4;
 constexpr int kMaxThreads = 512;
 constexpr int kBlocksPerSM = 2;  // at kMaxThreads: caps the registers at 64
 constexpr int kShortRowsPerBlock = 8;
+// A gap z - max whose exponential is 0. Gaps are kept above it where they meet their exponential: -inf * 0 is NaN.
+constexpr float kGone = -128.f;
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -152,48 +156,64 @@ __device__ std::int64_t position_index() {
   return blockIdx.x * static_cast<std::int64_t>(blockDim.y) + threadIdx.y;
 }
 
-// No column yet. Not -inf: z - max is then never NaN for a z of -inf, and the loop needs no check.
-__device__ RowSum empty_sum() { return {-FLT_MAX, 0.f}; }
+// max z, sum exp(z - max) and, where it is asked for, sum (z - max) exp(z - max) over some of a row's columns.
+struct RowStats {
+  float max, sum, moment;
+};
 
-__device__ RowSum warp_merge(RowSum own) {
+// No column yet. Not -inf: z - max is then never NaN for a z of -inf, and the loop needs no check.
+__device__ RowStats empty_stats() { return {-FLT_MAX, 0.f, 0.f}; }
+
+// The moment of gaps to a maximum that lies higher by -drop, still with the exponentials of the old one.
+__device__ float moved_moment(RowStats row, float drop) { return row.moment + fmaxf(drop, kGone) * row.sum; }
+
+template <bool kMoment>
+__device__ RowStats warp_merge(RowStats own) {
   float max = own.max;
   for (int lanes = 16; lanes > 0; lanes /= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, lanes));
-  float sum = row_merge(own, {max, 0.f}).sum;
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-  return {max, sum};
+  RowStats all = {max, row_merge({own.max, own.sum}, {max, 0.f}).sum, 0.f};
+  for (int lanes = 16; lanes > 0; lanes /= 2) all.sum += __shfl_xor_sync(0xffffffffu, all.sum, lanes);
+  if (!kMoment) return all;
+  const float drop = own.max - max;
+  all.moment = moved_moment(own, drop) * expf(fmaxf(drop, kGone));
+  for (int lanes = 16; lanes > 0; lanes /= 2) all.moment += __shfl_xor_sync(0xffffffffu, all.moment, lanes);
+  return all;
 }
 
 // Over all of the row's threads; its first warp gets the result.
-__device__ RowSum row_threads_merge(RowSum own) {
-  __shared__ RowSum warps[kMaxThreads / 32];
-  own = warp_merge(own);
+template <bool kMoment>
+__device__ RowStats row_threads_merge(RowStats own) {
+  __shared__ RowStats warps[kMaxThreads / 32];
+  own = warp_merge<kMoment>(own);
   if (blockDim.x == 32) return own;
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
   __syncthreads();
   if (threadIdx.x >= 32) return own;
-  return warp_merge(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : empty_sum());
+  return warp_merge<kMoment>(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : empty_stats());
 }
 
-__device__ void put(const TokenLogps& p, std::int64_t index, float logp, RowSum row, float target) {
+template <bool kMoment>
+__device__ void put(const TokenLogps& p, std::int64_t index, float logp, RowStats row, float target) {
   const std::int64_t rows = p.N * p.T;
   p.logps[index] = logp;
   p.stats[index] = row.max;
   p.stats[rows + index] = row.sum;
   p.stats[2 * rows + index] = target;
+  if (kMoment) p.stats[3 * rows + index] = row.moment;
 }
 
-template <class T, bool kSoftcap>
+template <class T, bool kSoftcap, bool kMoment>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
     token_logps_fwd_kernel(const __grid_constant__ TokenLogps p) {
   const std::int64_t index = position_index();
   if (index >= p.N * p.T) return;
   const Position at(p, index);
   if (at.ignored(p)) {
-    if (threadIdx.x == 0) put(p, index, 0.f, {0.f, 1.f}, 0.f);
+    if (threadIdx.x == 0) put<kMoment>(p, index, 0.f, {0.f, 1.f, 0.f}, 0.f);
     return;
   }
   if (at.illegal(p)) {
-    if (threadIdx.x == 0) put(p, index, NAN, {NAN, NAN}, NAN);
+    if (threadIdx.x == 0) put<kMoment>(p, index, NAN, {NAN, NAN, NAN}, NAN);
     return;
   }
   const T* row = static_cast<const T*>(p.logits) + at.n * p.stride_n + at.t * p.stride_t;
@@ -202,31 +222,69 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   const bool holds_label = threadIdx.x == 0 && label >= 0;
   const T at_label = holds_label ? row[label] : T(0.f);
 
-  RowSum own = empty_sum();
+  RowStats own = empty_stats();
   visit_row(row, Columns<T>(row, row, static_cast<int>(p.V)), [&](int, const auto& pack) {
     constexpr int kWidth = sizeof(pack) / sizeof(T);
-    float z[kWidth], max = own.max, sum = 0.f;
+    float z[kWidth], max = own.max, sum = 0.f, moment = 0.f;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       z[k] = transform<kSoftcap>(p, to_float(pack.value[k])).value;
       max = fmaxf(max, z[k]);
     }
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum += fast_exp(z[k] - max);  // a NaN, which fmaxf drops, stays in the sum
-    own = {max, own.sum * fast_exp(own.max - max) + sum};
+    for (int k = 0; k < kWidth; ++k) {
+      const float gap = z[k] - max, odds = fast_exp(gap);  // a NaN, which fmaxf drops, stays in the sums
+      sum += odds;
+      if (kMoment) moment += odds * fmaxf(gap, kGone);
+    }
+    const float drop = own.max - max, kept = fast_exp(drop);
+    if (kMoment) own.moment = moved_moment(own, drop) * kept + moment;
+    own.sum = own.sum * kept + sum;
+    own.max = max;
   });
-  RowSum whole = row_threads_merge(own);
+  RowStats whole = row_threads_merge<kMoment>(own);
   if (threadIdx.x > 0) return;
   if (whole.sum == 0.f) whole.max = -INFINITY;  // nothing but -inf
   const float target = holds_label ? transform<kSoftcap>(p, to_float(at_label)).value : 0.f;
-  put(p, index, row_logp(whole, target), whole, target);
+  put<kMoment>(p, index, row_logp({whole.max, whole.sum}, target), whole, target);
 }
 
-template <class T, bool kSoftcap>
+// dz of a column is p (per_p + per_gap (z - max)), here with the factor scale / sum, and at the label `at_label`.
+template <bool kEntropy>
+struct RowGradient {
+  float max, at_label, per_p, per_gap = 0.f;
+
+  // dlogp (onehot - p) + dlse p - dentropy p (log p + H), where log p + H = gap - moment / sum.
+  __device__ RowGradient(const TokenLogps& p, std::int64_t index) {
+    const std::int64_t rows = p.N * p.T;
+    max = p.stats[index];
+    const float sum = p.stats[rows + index], target = p.stats[2 * rows + index], dlogp = p.dlogps[index];
+    at_label = dlogp * one_minus_p(row_logp({max, sum}, target));
+    per_p = p.dlse ? p.dlse[index] : 0.f;
+    if (kEntropy) {
+      per_gap = -p.dentropy[index];
+      per_p -= per_gap * (p.stats[3 * rows + index] / sum);
+    }
+    if (kEntropy || p.dlse) {
+      const float gap = fmaxf(target - max, kGone);
+      at_label += expf(gap) / sum * (per_p + per_gap * gap);
+    }
+    at_label *= p.scale;
+    per_p = (per_p - dlogp) * p.scale / sum;
+    per_gap *= p.scale / sum;
+  }
+
+  __device__ float operator()(float z) const {
+    const float gap = z - max;
+    return fast_exp(gap) * (kEntropy ? per_p + per_gap * fmaxf(gap, kGone) : per_p);
+  }
+};
+
+template <class T, bool kSoftcap, bool kEntropy>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
     token_logps_bwd_kernel(const __grid_constant__ TokenLogps p) {
-  const std::int64_t index = position_index(), rows = p.N * p.T;
-  if (index >= rows) return;
+  const std::int64_t index = position_index();
+  if (index >= p.N * p.T) return;
   const Position at(p, index);
   T* out = static_cast<T*>(p.dlogits) + at.n * p.dstride_n + at.t * p.dstride_t;
   if (at.ignored(p) || at.illegal(p)) {
@@ -238,10 +296,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   }
   const T* row = static_cast<const T*>(p.logits) + at.n * p.stride_n + at.t * p.stride_t;
   const int label = at.column(p);
-  const RowSum whole = {p.stats[index], p.stats[rows + index]};
-  const float logp = row_logp(whole, p.stats[2 * rows + index]);
-  const float upstream = p.dlogps[index] * p.scale;
-  const float at_label = upstream * one_minus_p(logp), factor = -upstream / whole.sum;
+  const RowGradient<kEntropy> gradient(p, index);
 
   // Each thread writes only what it has read, so dlogits may be logits.
   visit_row(row, Columns<T>(row, out, static_cast<int>(p.V)), [&](int column, auto pack) {
@@ -249,7 +304,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const Z z = transform<kSoftcap>(p, to_float(pack.value[k]));
-      const float dz = column + k == label ? at_label : factor * fast_exp(z.value - whole.max);
+      const float dz = column + k == label ? gradient.at_label : gradient(z.value);
       pack.value[k] = T(dz * z.slope);
     }
     pack.store(out + column);
@@ -265,14 +320,22 @@ int row_threads(std::int64_t row_bytes) {
 }
 
 struct Forward {
-  template <class T, bool kSoftcap>
-  static constexpr auto kernel = token_logps_fwd_kernel<T, kSoftcap>;
+  template <class T, bool kSoftcap, bool kEntropy>
+  static constexpr auto kernel = token_logps_fwd_kernel<T, kSoftcap, kEntropy>;
+  static bool entropy(const TokenLogps& p) { return p.stat_rows == 4; }
 };
 
 struct Backward {
-  template <class T, bool kSoftcap>
-  static constexpr auto kernel = token_logps_bwd_kernel<T, kSoftcap>;
+  template <class T, bool kSoftcap, bool kEntropy>
+  static constexpr auto kernel = token_logps_bwd_kernel<T, kSoftcap, kEntropy>;
+  static bool entropy(const TokenLogps& p) { return p.dentropy != nullptr; }
 };
+
+template <class Direction, class T, bool kSoftcap>
+auto kernel_of(const TokenLogps& p) {
+  return Direction::entropy(p) ? Direction::template kernel<T, kSoftcap, true>
+                               : Direction::template kernel<T, kSoftcap, false>;
+}
 
 template <class Direction, class T>
 void run(const TokenLogps& p, const Launch& launch) {
@@ -283,7 +346,7 @@ void run(const TokenLogps& p, const Launch& launch) {
   const dim3 block(threads, threads == 32 ? kShortRowsPerBlock : 1);
   // The grid's first dimension takes 2^31 - 1 blocks, more than any memory holds; the others only 65,535.
   const dim3 grid(static_cast<unsigned>((rows + block.y - 1) / block.y));
-  const auto kernel = p.softcap > 0 ? Direction::template kernel<T, true> : Direction::template kernel<T, false>;
+  const auto kernel = p.softcap > 0 ? kernel_of<Direction, T, true>(p) : kernel_of<Direction, T, false>(p);
   kernel<<<grid, block, 0, reinterpret_cast<cudaStream_t>(launch.stream)>>>(p);
   check(cudaGetLastError());
 }
