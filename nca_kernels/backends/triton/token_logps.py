@@ -275,8 +275,8 @@ def _fwd_launch(V: int, itemsize: int, softcap: float | None, has_moment: bool) 
     an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
     the end of another.
     """
-    # With the moment, four words take more than 64 registers (on sm_100 they spill); two take 33 to 51, so three programs
-    # fit, and their loads in flight are still more than twice what the latency asks for.
+    # With the moment, four words take more than 64 registers (on sm_100 they spill). Two take 40 to 56, and 1024 threads to a
+    # multiprocessor with two loads in flight each are 32 KiB, still more than the latency asks for.
     words = 2 if has_moment else 4
     launch = _launch(V, itemsize, words_per_thread=words, trips=16 // words, most_warps=16)
     # Told that it may have 64 registers, ptxas puts all four loads first; left alone, it takes 32 to 51 (Triton 3.6) and
