@@ -1,4 +1,4 @@
-"""``python -m bench SUITE``: measure a suite, print its table, store its JSON. ``summary`` and ``plot`` read what is stored."""
+"""``python -m bench SUITE`` measures a suite, prints its table and stores its JSON; ``summary`` and ``plot`` read the JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -27,15 +28,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in SUITES:
-        command = commands.add_parser(name, help=_suite(name).__doc__.split("\n")[0])
+        command = commands.add_parser(name, help=(_suite(name).__doc__ or "").split("\n")[0])
         command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--quick", action="store_true", help="three rounds each, for a look; stored under out/")
         command.add_argument("--out", type=Path, help="default: bench/results, or out/bench with --quick")
-    command = commands.add_parser("numerics", help="the errors against float64, not the times")
+    command = commands.add_parser("numerics", help="errors against float64, not times")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--out", type=Path, default=RESULTS)
     command = commands.add_parser("summary", help="a line for each stored problem")
-    command.add_argument("--device", choices=("cpu", "cuda"), help="of this device alone")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="only of this device")
     command.add_argument("--out", type=Path, default=RESULTS)
     command = commands.add_parser("plot", help="draw every stored result into docs/img")
     command.add_argument("--out", type=Path, default=RESULTS)
@@ -68,22 +69,22 @@ def _suite(name: str) -> ModuleType:
 
 
 def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -> Path:
-    """Measure the cases of a suite; where its JSON went."""
-    warnings.filterwarnings("ignore", module="torch")  # of peers, once a call
+    """Measure the cases of a suite; return the path of its JSON."""
+    warnings.filterwarnings("ignore", module="torch")  # of other packages, at every call
     torch.manual_seed(0)
     started = time.monotonic()
-    document = {"header": schema.header(name, device), "rows": []}
+    document: dict[str, Any] = {"header": schema.header(name, device), "rows": []}
     print(", ".join(f"{key} {value}" for key, value in document["header"].items() if value is not None), "\n")
     for rows in (rows for case in cases for rows in _measured(name, device, case, budget)):
         document["rows"] += rows
         print(schema.table(rows), flush=True)
-        file = schema.write(out, document)  # now: a run that is stopped keeps what it has
+        file = schema.write(out, document)  # now, so that a run that is stopped keeps what it has
     print(f"{name}: {time.monotonic() - started:.0f} s")
     return file
 
 
 def _measured(name: str, device: str, case: tuple, budget: Budget) -> Iterator[list[dict]]:
-    """The rows of each problem of a case; one row that says why where its inputs or its truth fail, for want of memory, say."""
+    """The rows of each problem of a case, or one row with the reason if its inputs or truth fail (too little memory, say)."""
     try:
         for problem, implementations in _suite(name).problems(device, [case]):
             yield schema.rows(name, problem, measure(problem, implementations, budget))

@@ -1,4 +1,4 @@
-"""How fast this machine reads, copies and multiplies: what the suites' times are held against."""
+"""Speed of reading, copying and multiplying on this machine, to which the suites compare their times."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .cases import Ceiling, Unsupported
+from .cases import Ceiling, Tensors, Unsupported
 
 
 @cache
-def _cpu_reader():
+def _cpu_reader() -> Callable[[int, int, int], int]:
     if shutil.which("g++") is None:
         raise Unsupported("g++ is not on PATH")
     with tempfile.TemporaryDirectory() as folder:
@@ -32,12 +33,12 @@ def _cpu_reader():
 def read(name: str, tensor: Tensor) -> Ceiling:
     """One read of the problem's tensor ``name``."""
 
-    def build():
+    def build() -> Callable[[Tensors], object]:
         if tensor.is_cuda:
-            from .gpu_read import BLOCK, read_all
+            from . import gpu_read
 
-            sums = torch.empty(tensor.nbytes // 4 // BLOCK + 1, dtype=torch.int32, device=tensor.device)
-            return lambda tensors: read_all(tensors[name].detach(), sums)
+            sums = torch.empty(tensor.nbytes // 4 // gpu_read.BLOCK + 1, dtype=torch.int32, device=tensor.device)
+            return lambda tensors: gpu_read.read_all(tensors[name].detach(), sums)
         read_all = _cpu_reader()
         return lambda tensors: read_all(tensors[name].data_ptr(), tensor.nbytes // 8, torch.get_num_threads())
 
@@ -45,9 +46,9 @@ def read(name: str, tensor: Tensor) -> Ceiling:
 
 
 def copy(name: str, tensor: Tensor) -> Ceiling:
-    """One copy of the problem's tensor ``name`` into memory that is there already."""
+    """One copy of the problem's tensor ``name`` into allocated memory."""
 
-    def build():
+    def build() -> Callable[[Tensors], object]:
         target = torch.zeros_like(tensor)
         return lambda tensors: target.copy_(tensors[name].detach())
 
@@ -55,12 +56,12 @@ def copy(name: str, tensor: Tensor) -> Ceiling:
 
 
 def gemm(hidden: Tensor, weight: Tensor) -> Ceiling:
-    """The one product ``[M, D] x [D, V]`` into memory that is there already."""
+    """The one product ``[M, D] x [D, V]`` into allocated memory."""
 
-    def build():
+    def build() -> Callable[[Tensors], object]:
         logits = torch.zeros(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
 
-        def call(tensors):
+        def call(tensors: Tensors) -> None:
             with torch.no_grad():
                 torch.mm(tensors["hidden"], tensors["weight"].t(), out=logits)
 

@@ -1,4 +1,4 @@
-"""The ceiling of a forward pass on a GPU: a kernel that reads and does nothing else."""
+"""The ceiling of a forward pass on a GPU: a kernel that only reads."""
 
 from __future__ import annotations
 
@@ -17,5 +17,6 @@ def read_kernel(words, sums, count, BLOCK: tl.constexpr):
 
 
 def read_all(tensor: torch.Tensor, sums: torch.Tensor) -> None:
+    """Read ``tensor``; ``sums`` gets one number of each block, so that no read is dropped."""
     words = tensor.flatten().view(torch.int32)
     read_kernel[(triton.cdiv(words.numel(), BLOCK),)](words, sums, words.numel(), BLOCK, num_warps=16)

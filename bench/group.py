@@ -1,15 +1,17 @@
-"""The K-way loss at the size of a training step: all overhead, so the cost of launching is left in."""
+"""The K-way loss at the size of a training step. It is all overhead, so the cost of launching is included."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nca_kernels.loss_table import LOSSES
 
-from .cases import BACKENDS, Implementation, Problem, compiled, grad_error, ours, value_error
+from .cases import BACKENDS, Call, Implementation, Problem, Tensors, Truth, compiled, grad_error, ours, value_error
 
 BETA, ALPHA = 0.1, 0.5
 # loss, prompts, responses
@@ -17,19 +19,19 @@ CASES = {device: [(name, 64, 4) for name in ("nca", "info_nca", "dpo")] for devi
 TINY = [("nca", 3, 2), ("dpo", 3, 4)]
 
 
-def nca(logps, ref_logps, scores):
+def nca(logps: Tensor, ref_logps: Tensor, scores: Tensor) -> Tensor:
     r = BETA * (logps - ref_logps)
     w = (scores / ALPHA).softmax(-1)
     return -(w * F.logsigmoid(r) + F.logsigmoid(-r) / r.shape[-1]).sum(-1).mean()
 
 
-def info_nca(logps, ref_logps, scores):
+def info_nca(logps: Tensor, ref_logps: Tensor, scores: Tensor) -> Tensor:
     r = BETA * (logps - ref_logps)
     return -((scores / ALPHA).softmax(-1) * r.log_softmax(-1)).sum(-1).mean()
 
 
-def dpo(logps, ref_logps, scores):
-    """Best against each of the rest; the scores are given in order, so the best is column 0."""
+def dpo(logps: Tensor, ref_logps: Tensor, scores: Tensor) -> Tensor:
+    """The best against each of the rest; scores come in descending order, so the best is column 0."""
     r = BETA * (logps - ref_logps)
     return -F.logsigmoid(r[:, :1] - r[:, 1:]).mean()
 
@@ -54,7 +56,7 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
         yield problem, implementations(name, device)
 
 
-def _truth(name, tensors):
+def _truth(name: str, tensors: Tensors) -> Truth:
     exact = {key: tensor.double() for key, tensor in tensors.items()}
     exact["logps"].requires_grad_()
     loss = EAGER[name](**exact)
@@ -63,25 +65,25 @@ def _truth(name, tensors):
 
 
 def implementations(name: str, device: str) -> list[Implementation]:
-    def on(backend):
-        def build():
+    def on(backend: str) -> Callable[[], Call]:
+        def build() -> Call:
             alpha = {"alpha": ALPHA} if "alpha" in LOSSES[name].takes else {}
-            group_loss = ours("group_loss", backend, device, torch.float32, name=name, beta=BETA, **alpha)()
+            group_loss: Any = ours("group_loss", backend, device, torch.float32, name=name, beta=BETA, **alpha)()
             return lambda tensors: group_loss(tensors).loss
 
         return build
 
-    def plain():
+    def plain() -> Call:
         return lambda tensors: EAGER[name](**tensors)
 
-    def torch_compile():
+    def torch_compile() -> Call:
         function = compiled(EAGER[name])
         return lambda tensors: function(**tensors)
 
     return [
         *(Implementation(f"nca_kernels {backend}", on(backend)) for backend in BACKENDS[device]),
         Implementation(f"nca_kernels {BACKENDS[device][0]} again", on(BACKENDS[device][0])),
-        Implementation("plain", plain),  # without masks or checks: the leanest that a user would write
+        Implementation("plain", plain),  # without masks or checks: the least that a user would write
         Implementation("reference", on("torch")),  # with them
         Implementation("torch.compile", torch_compile),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,12 @@ from .cases import (
     BACKENDS,
     DTYPES,
     IGNORE_INDEX,
+    Call,
     Implementation,
     LogpTruth,
     Problem,
+    Tensors,
+    Truth,
     Unsupported,
     grad_error,
     on_gpu,
@@ -23,9 +26,9 @@ from .cases import (
     plain_logps,
     random_labels,
     value_error,
-)  # fmt: skip
+)
 
-# The three cases of the design, and the GEMMs that each needs at least.
+# The leaves of the three cases, and the least number of GEMMs of each.
 PASSES = {"no gradient": ((), 1), "frozen head": (("hidden",), 2), "trained head": (("hidden", "weight"), 3)}
 # rows, width, vocabulary, dtype, half of the rows ignored
 CASES = {
@@ -43,12 +46,15 @@ TRL_CHUNK = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
     for rows, width, vocab, dtype, ignored in cases:
         for name in PASSES:
-            problem = _problem(name, rows, width, vocab, dtype, ignored, device)
             logits_bytes = rows * vocab * DTYPES[dtype].itemsize // (2 if ignored else 1)
-            yield problem, implementations(device, DTYPES[dtype], name, logits_bytes)
+            yield (
+                problem(name, rows, width, vocab, dtype, ignored, device),
+                implementations(device, DTYPES[dtype], name, logits_bytes),
+            )
 
 
-def _problem(name, rows, width, vocab, dtype, ignored, device) -> Problem:
+def problem(name: str, rows: int, width: int, vocab: int, dtype: str, ignored: bool, device: str) -> Problem:
+    """One of :data:`PASSES` at one size."""
     leaves, gemms = PASSES[name]
     labels = random_labels(rows, vocab, ignored, device)
     weight = (2 / width**0.5 * torch.randn(vocab, width, device=device)).to(DTYPES[dtype])  # logits of deviation 2
@@ -74,29 +80,28 @@ def _problem(name, rows, width, vocab, dtype, ignored, device) -> Problem:
     )
 
 
-def _truth(hidden, weight, labels, upstream, leaves):
+def _truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor | None, leaves: tuple[str, ...]) -> Truth:
     weight64 = weight.double()
     truth = LogpTruth(lambda start, stop: hidden[start:stop].double() @ weight64.t(), len(weight), labels, upstream)
-    logps, dhidden, dweight = [], [], torch.zeros_like(weight64) if "weight" in leaves else None
-    for rows, values, dlogits in truth.chunks():
-        logps.append(values)
+    values, dhidden, dweight = [], [], torch.zeros_like(weight64)
+    for rows, logps, dlogits in truth.chunks():
+        values.append(logps)
         if dlogits is not None:
             dhidden.append(dlogits @ weight64)
-        if dweight is not None:
             dweight.addmm_(dlogits.t(), hidden[rows].double())
-    logps = torch.cat(logps)
+    all_logps = torch.cat(values)
     wanted = [torch.cat(dhidden)] if leaves else []
-    wanted += [dweight] if dweight is not None else []
+    wanted += [dweight] if "weight" in leaves else []
 
     def errors(values: Tensor, grads: list[Tensor]) -> tuple[float, float | None]:
         worst = [grad_error(grad, exact) for grad, exact in zip(grads, wanted, strict=True)]
-        return value_error(values, logps), max(worst, default=None)
+        return value_error(values, all_logps), max(worst, default=None)
 
     return errors
 
 
 def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: int) -> list[Implementation]:
-    def linear_token_logps(backend, save_budget=0):
+    def linear_token_logps(backend: str, save_budget: int = 0) -> Callable[[], Call]:
         return ours("linear_token_logps", backend, device, dtype, save_budget=save_budget)
 
     names = BACKENDS[device]
@@ -109,10 +114,10 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
             for budget in [logits_bytes * percent // 100]
         ]
 
-    def plain():
+    def plain() -> Call:
         return lambda tensors: plain_logps(F.linear(tensors["hidden"], tensors["weight"]), tensors["labels"])
 
-    def cross_entropy():
+    def cross_entropy() -> Call:
         return lambda tensors: F.cross_entropy(
             F.linear(tensors["hidden"], tensors["weight"]),
             tensors["labels"],
@@ -120,38 +125,38 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
             reduction="none",
         )
 
-    def linear_cross_entropy():
+    def linear_cross_entropy() -> Call:
         if not hasattr(F, "linear_cross_entropy"):
             raise Unsupported(f"PyTorch {torch.__version__} has no F.linear_cross_entropy")
         options = torch.nn.LinearCrossEntropyOptions()
+        inputs = ("hidden", "weight", "labels")
         return lambda tensors: F.linear_cross_entropy(
-            tensors["hidden"], tensors["weight"], tensors["labels"],
-            reduction="none", ignore_index=IGNORE_INDEX, options=options,
-        )  # fmt: skip
+            *(tensors[name] for name in inputs), reduction="none", ignore_index=IGNORE_INDEX, options=options
+        )
 
-    def trl():
+    def trl() -> Call:
         from trl.kernels import ChunkedLogProbFunction
 
-        def call(tensors):
+        def call(tensors: Tensors) -> Tensor:
             hidden, weight, labels = tensors["hidden"], tensors["weight"], tensors["labels"]
             mask = labels != IGNORE_INDEX
-            # As its trainer does: scored positions alone where it has Triton kernels, all of them elsewhere.
+            # As its trainer does: only positions with a label where it has Triton kernels, all positions elsewhere.
             if hidden.is_cuda:
-                scored = ChunkedLogProbFunction.apply(hidden[mask], weight, None, labels[mask], 1.0, TRL_CHUNK, None, 1.0, ())[0]
-                return scored.new_zeros(mask.shape).masked_scatter(mask, scored)
+                logps = ChunkedLogProbFunction.apply(hidden[mask], weight, None, labels[mask], 1.0, TRL_CHUNK, None, 1.0, ())[0]
+                return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
             logps = ChunkedLogProbFunction.apply(hidden, weight, None, labels.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, ())[0]
             return logps.masked_fill(~mask, 0.0)
 
         return call
 
-    def liger():
+    def liger() -> Call:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         return lambda tensors: liger_fused_linear_cross_entropy(
             tensors["hidden"], tensors["weight"], tensors["labels"], ignore_index=IGNORE_INDEX, reduction="none"
         )
 
-    def cut_cross_entropy():
+    def cut_cross_entropy() -> Call:
         from cut_cross_entropy import linear_cross_entropy
 
         return lambda tensors: linear_cross_entropy(

@@ -1,6 +1,6 @@
-"""The one timer: check first, then time every implementation in turn.
+"""The timer: checks every implementation first, then times all of them in turn.
 
-Each round calls all of them once, in an order of its own: a drift of the machine's clock hits all alike, and none always
+Each round calls all of them once, in a new random order: a drift of the machine's clock affects all alike, and none always
 follows the same neighbour (with a fixed order the same function, timed twice, differed by 8%). Each call gets another copy
 of the inputs than the call before, so that no cache holds them.
 """
@@ -17,18 +17,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cases import Implementation, Problem, Unsupported
+from .cases import Call, Implementation, Problem, Tensors, Unsupported
 from .memory import MIB, peak_extra, poisoned, release
 
-ROTATION_BYTES = 2**28  # the copies of the inputs together: several times the largest cache met so far
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # wider than any rounding, narrower than any mistake
+ROTATION_BYTES = 2**28  # of all copies of the inputs: several times the largest cache known
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # above any rounding error, below any mistake
 CEILING = "ceiling: "
-SLEEP_CYCLES = 2_000_000  # about 1 ms of a GPU, in which Python queues the call: kernels are timed, not launches
+SLEEP_CYCLES = 2_000_000  # about 1 ms of a GPU, in which Python queues the call, so that the kernels are timed and not the launches
 
 
 @dataclass
 class Outcome:
-    """What was measured of one implementation."""
+    """The measurements of one implementation."""
 
     name: str
     pass_name: str
@@ -40,20 +40,26 @@ class Outcome:
     grad_error: float | None = None
 
 
+Results = tuple[Tensor, list[Tensor]]  # values, and gradients of the leaves
+Pass = Callable[[Tensors], object]
+Contestant = tuple[Pass, Outcome, bool]  # what is timed, where its times go, whether it destroys the leaves
+
+
 @dataclass
 class Budget:
-    """How long to measure a problem: at least ``rounds``, then on until ``seconds`` are over, up to 8 times as many."""
+    """How long to measure a problem: ``rounds``, then more until ``seconds`` are over, 8 times as many at most."""
 
     rounds: int
     seconds: float
 
 
 def measure(problem: Problem, implementations: list[Implementation], budget: Budget) -> list[Outcome]:
-    """The outcomes in the order of ``implementations``, then those of the ceilings, named ``ceiling: ...``."""
+    """Outcomes in the order of ``implementations``, then those of the ceilings, named ``ceiling: ...``."""
     device = next(iter(problem.tensors.values())).device.type
     release(device)  # the last problem's
     sets = _copies(problem)
-    outcomes, contestants = [], []
+    outcomes: list[Outcome] = []
+    contestants: list[Contestant] = []
     for implementation in implementations:
         outcome = Outcome(implementation.name, problem.pass_name + (" in place" if implementation.inplace else ""))
         outcomes.append(outcome)
@@ -80,7 +86,7 @@ def quantile(times: list[float], q: float) -> float:
     return torch.tensor(times, dtype=torch.float64).quantile(q).item()
 
 
-def _copies(problem: Problem) -> list[dict[str, Tensor]]:
+def _copies(problem: Problem) -> list[Tensors]:
     size = sum(tensor.nbytes for tensor in problem.tensors.values())
     count = min(8, max(2, -(-ROTATION_BYTES // size)))
     return [
@@ -89,15 +95,15 @@ def _copies(problem: Problem) -> list[dict[str, Tensor]]:
     ]
 
 
-def _restore(problem: Problem, tensors: dict[str, Tensor]) -> None:
+def _restore(problem: Problem, tensors: Tensors) -> None:
     """Undo a backward in place."""
     with torch.no_grad():
         for name in problem.leaves:
             tensors[name].copy_(problem.tensors[name])
 
 
-def _run(problem: Problem, implementation: Implementation, call: Callable, tensors: dict[str, Tensor]):
-    """One pass: values, and the gradients of the leaves."""
+def _run(problem: Problem, implementation: Implementation, call: Call, tensors: Tensors) -> Results:
+    """One pass: the values and the gradients of the leaves."""
     values = call(tensors)
     if not problem.leaves:
         return values, []
@@ -110,7 +116,7 @@ def _run(problem: Problem, implementation: Implementation, call: Callable, tenso
 
 @contextmanager
 def _reported(outcome: Outcome) -> Iterator[None]:
-    """A failure inside becomes the outcome's status: a peer may fail in any way, and the others still count."""
+    """Turn a failure inside into the outcome's status: one implementation may fail in any way, and the others still count."""
     try:
         yield
     except (Unsupported, ImportError) as reason:
@@ -131,19 +137,21 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def _checked(problem, implementation, tensors, outcome, device) -> Callable | None:
-    """Build, check against float64, take the memory; the pass to time, or None where there is nothing to time."""
+def _checked(
+    problem: Problem, implementation: Implementation, tensors: Tensors, outcome: Outcome, device: str
+) -> Callable[[Tensors], Results] | None:
+    """Build, check against float64, measure the memory; return the pass to time, or None if it failed."""
     with _reported(outcome):
         call = implementation.build()
 
-        def run(tensors):
+        def run(tensors: Tensors) -> Results:
             return _run(problem, implementation, call, tensors)
 
         with poisoned(device):
-            values, grads = run(tensors)
-        values = -values if implementation.negated else values
-        outcome.error, outcome.grad_error = problem.truth(values.detach(), grads)
-        del values, grads
+            checked, gradients = run(tensors)
+        checked = -checked if implementation.negated else checked
+        outcome.error, outcome.grad_error = problem.truth(checked.detach(), gradients)
+        del checked, gradients
         _restore(problem, tensors)
         (values, grads), outcome.peak_mib = peak_extra(lambda: run(tensors), device)
         held = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
@@ -151,14 +159,14 @@ def _checked(problem, implementation, tensors, outcome, device) -> Callable | No
             sum(tensor.nbytes for tensor in (values, *grads) if tensor.untyped_storage().data_ptr() not in held) / MIB
         )
         tolerance = TOLERANCE[problem.dtype]
-        # Not ">": NaN is wrong, too.
+        # Not ">": NaN is wrong too.
         if outcome.error <= tolerance and (outcome.grad_error is None or outcome.grad_error <= tolerance):
             return run
         outcome.status = "wrong"
     return None
 
 
-def _time_in_turn(problem, contestants, sets, budget, device) -> None:
+def _time_in_turn(problem: Problem, contestants: list[Contestant], sets: list[Tensors], budget: Budget, device: str) -> None:
     timer = _time_cuda if device == "cuda" else _time_cpu
     started = time.monotonic()
     turn, order = 0, random.Random(0)
@@ -169,18 +177,18 @@ def _time_in_turn(problem, contestants, sets, budget, device) -> None:
         for run, outcome, inplace in contestants:
             tensors = sets[turn % len(sets)]
             turn += 1
-            with _reported(outcome):  # with all contestants alive, what was memory enough for the check may not be
+            with _reported(outcome):  # the check had the memory to itself; here all contestants hold some
                 ms = timer(run, tensors, problem.repeats)
                 if round_number >= 0:
                     outcome.times.append(ms)
             if inplace:
-                _restore(problem, tensors)  # now, not before its next use: that would leave it in the cache
+                _restore(problem, tensors)  # now: before its next use it would be left in the cache
         if any(outcome.status != "ok" for _, outcome, _ in contestants):
             contestants[:] = [contestant for contestant in contestants if contestant[1].status == "ok"]
             release(device)
 
 
-def _time_cpu(run, tensors, repeats) -> float:
+def _time_cpu(run: Pass, tensors: Tensors, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         result = run(tensors)
@@ -189,7 +197,7 @@ def _time_cpu(run, tensors, repeats) -> float:
     return 1e3 * elapsed / repeats
 
 
-def _time_cuda(run, tensors, repeats) -> float:
+def _time_cuda(run: Pass, tensors: Tensors, repeats: int) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if repeats == 1:

@@ -1,24 +1,26 @@
-"""Peak extra memory of a call, and poison for the memory that it is given."""
+"""Peak extra memory of a call, and garbage in the memory that it is given."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 MIB = 2**20
+Result = TypeVar("Result")
 
 
-def peak_extra(function: Callable[[], object], device: str) -> tuple[object, float | None]:
-    """What ``function`` returns, and the MiB that it took at its peak beyond what was held before.
+def peak_extra(function: Callable[[], Result], device: str) -> tuple[Result, float | None]:
+    """The result of ``function``, and the MiB that it took at its peak beyond what was held before.
 
-    On a GPU PyTorch's allocator counts (no kernel here allocates past it). On the CPU the kernel does: the resident set's
-    high-water mark, reset by ``/proc/self/clear_refs``, so memory that no allocator hook sees (a C++ extension's, oneDNN's
-    scratch) counts too. Memory that malloc kept from before would hide new use, so it goes back to the system first. Call
-    it on a warm function: code pages and thread stacks count as well. Exact to about 1 MiB.
+    On a GPU it is what PyTorch's allocator counts (every kernel here allocates through it). On a CPU it is the high-water mark of
+    the resident set, reset by ``/proc/self/clear_refs``, so memory that no allocator hook sees (a C++ extension's, oneDNN's
+    scratch) counts too. Memory that malloc has kept would hide new use, so it is returned to the system first. Call it on a
+    warm function: code pages and thread stacks count as well. It is exact to about 1 MiB.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -39,7 +41,7 @@ def peak_extra(function: Callable[[], object], device: str) -> tuple[object, flo
 
 
 def release(device: str) -> None:
-    """What a failure or another problem left in reference cycles and in PyTorch's cache is free again."""
+    """Free what a failure or another problem left in reference cycles and in PyTorch's cache."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -51,10 +53,10 @@ def _status(key: str) -> int:
 
 
 @contextmanager
-def poisoned(device: str):
-    """Memory handed out inside is full of garbage: an output that a kernel leaves unwritten shows."""
+def poisoned(device: str) -> Iterator[None]:
+    """Fill the memory handed out inside with garbage, so that an output that a kernel leaves unwritten shows."""
     if device == "cuda":
-        # Half of what is free, as NaN; the caching allocator then cuts the blocks it hands out from these two pools.
+        # NaN in half of what is free; the caching allocator then takes its blocks from these two pools.
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         blocks = [torch.full((free // 8,), torch.nan, device="cuda")]

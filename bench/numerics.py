@@ -1,7 +1,7 @@
 """Errors of values and gradients against float64, beside PyTorch's own on the same inputs: ``python -m bench numerics``.
 
-The largest error of a case, in the unit of its table. On a CPU the Triton kernels run in Triton's interpreter: its ``exp`` and
-``log`` are NumPy's, not a GPU's, and it cuts a number to bfloat16 where a GPU rounds it.
+A cell is the largest error of a case, in the unit of its table. On a CPU the Triton kernels run in Triton's interpreter, which has
+NumPy's ``exp`` and ``log``, not a GPU's, and truncates to bfloat16 where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,12 @@ Pass = tuple[Tensor, Tensor]  # values and one gradient
 Row = dict[str, str]
 
 
-def tables(device: str, vocabs=VOCABS, lengths=LENGTHS, head=HEAD) -> Iterator[tuple[str, list[Row]]]:
+def tables(
+    device: str,
+    vocabs: tuple[int, ...] = VOCABS,
+    lengths: tuple[int, ...] = LENGTHS,
+    head: tuple[int, int, int] = HEAD,
+) -> Iterator[tuple[str, list[Row]]]:
     """Titles and rows of the tables."""
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
@@ -62,7 +68,7 @@ def tables(device: str, vocabs=VOCABS, lengths=LENGTHS, head=HEAD) -> Iterator[t
 
 
 def _obstacles(device: str) -> dict[str, list[str]]:
-    """Why each backend would not run here; no reason where it does."""
+    """Every reason why each backend would not run here; none if it does."""
     return {name: BACKENDS[name].unsupported("token_logps", torch.device(device), torch.float32) for name in NAMES[device]}
 
 
@@ -107,6 +113,7 @@ def _tokens(dtype: torch.dtype, kind: str, V: int, device: str) -> Row:
     logits, labels = logits.to(device, dtype), labels.to(device)
     truth = LogpTruth(lambda start, stop: logits[start:stop].double(), V, labels, upstream)
     [(_, logps, dlogits)] = truth.chunks()
+    assert dlogits is not None
     row = {"dtype": _name(dtype), "logits": kind, "V": str(V)}
     for name, function in {**_ours(nca_kernels.token_logps, device), **PEERS}.items():
         values, gradient = _pass(lambda x: function(x, labels), logits, upstream)  # noqa: B023
@@ -115,14 +122,14 @@ def _tokens(dtype: torch.dtype, kind: str, V: int, device: str) -> Row:
 
 
 def _spacings(got: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """The error in spacings of ``dtype`` at the true value; of its least normal number below that."""
+    """The error in spacings of ``dtype`` at the true value, or at its smallest normal number if that is larger."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(truth.abs().clamp(min=info.tiny)).exponent - 1
     return (got - truth) / torch.ldexp(torch.full_like(truth, info.eps), exponent)
 
 
 def _sequences(dtype: torch.dtype, T: int, packed: bool, device: str) -> Row:
-    """Two sequences of T tokens, in two rows or packed into one. On one backend: all of them leave the sum to PyTorch."""
+    """Two sequences of T tokens, in two rows or packed into one; on one backend, since all leave the sum to PyTorch."""
     backend = _backends(device)[0]
     logits = (2 * torch.randn(2 * T, 1000)).to(device, dtype)
     labels = torch.randint(1000, (2 * T,), device=device)
@@ -141,7 +148,7 @@ def _sequences(dtype: torch.dtype, T: int, packed: bool, device: str) -> Row:
 
 
 def _head(dtype: torch.dtype, trained: bool, sizes: tuple[int, int, int], device: str) -> Row:
-    """The gradient is that of the weight where the head is trained, else of the hidden states."""
+    """The gradient is that of the weight if the head is trained, else of the hidden states."""
     M, D, V = sizes
     hidden, weight = torch.randn(M, D).to(device, dtype), (2 * D**-0.5 * torch.randn(V, D)).to(device, dtype)
     labels, upstream = torch.randint(V, (M,), device=device), torch.randn(M, device=device)
@@ -170,15 +177,15 @@ def _head(dtype: torch.dtype, trained: bool, sizes: tuple[int, int, int], device
 
 
 def _losses(name: str, B: int, K: int, device: str) -> Row:
-    """Log-probs of long responses, hundreds of nats, that differ by some nats from the reference model's."""
+    """Log-probs of long responses: hundreds of nats, some nats from those of the reference model."""
     ref_logps = -300 * torch.rand(B, K, device=device) - 20
     logps = ref_logps + 12 * torch.randn(B, K, device=device)
     scores = torch.rand(B, K, device=device)
 
     def run(backend: str, dtype: torch.dtype) -> Pass:
-        alpha = {"alpha": 0.3} if "alpha" in LOSSES[name].takes else {}
+        alpha: dict[str, Any] = {"alpha": 0.3} if "alpha" in LOSSES[name].takes else {}
 
-        def loss(x):
+        def loss(x: Tensor) -> Tensor:
             return nca_kernels.group_loss(name, x, ref_logps.to(dtype), scores.to(dtype), backend=backend, **alpha).loss
 
         return _pass(loss, logps.to(dtype), torch.ones((), device=device))

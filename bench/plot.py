@@ -1,4 +1,4 @@
-"""Pictures of the stored results, drawn from their JSON alone."""
+"""Figures of the stored results, drawn from their JSON alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from . import schema
 
@@ -23,7 +24,7 @@ def plot(results: Path, images: Path) -> list[Path]:
     for file in sorted(results.glob("*/*.json")):
         document = schema.load(file)
         groups = _drawn(document["rows"])
-        if not groups or document["header"]["suite"] == "tune":  # nothing timed; or settings, best read as a table
+        if not groups or document["header"]["suite"] == "tune":  # nothing is timed; or settings, which a table shows better
             continue
         stem = images / f"{file.parent.name}-{file.stem}"
         if document["header"]["suite"] == "linear":
@@ -39,8 +40,8 @@ def plot(results: Path, images: Path) -> list[Path]:
 
 
 def _drawn(rows: list[dict]) -> dict[str, list[dict]]:
-    """The timed rows of each problem under its title; neither ceilings, nor the second timing, nor the budget's curve."""
-    groups = {}
+    """The timed rows of each problem under its title, without ceilings, second timings and the curve of the budget."""
+    groups: dict[str, list[dict]] = {}
     for (case, dtype, pass_name), group in schema.by_problem(rows).items():
         shown = [row for row in group if row["ms"] and not schema.SIDE_ROWS.search(row["implementation"])]
         if shown:
@@ -49,7 +50,7 @@ def _drawn(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def _bars(document: dict, groups: dict[str, list[dict]], field: str, label: str, target: str) -> Path:
-    """A panel a problem, a bar an implementation."""
+    """A panel for each problem, a bar for each implementation."""
     columns = min(2 if document["header"]["suite"] == "logps" else 3, len(groups))
     lines = -(-len(groups) // columns)
     tallest = max(map(len, groups.values()))
@@ -71,7 +72,7 @@ def _bars(document: dict, groups: dict[str, list[dict]], field: str, label: str,
 
 
 def _colours(names: list[str]) -> dict[str, str]:
-    """Blues for this package, another colour for each peer, the same in every panel."""
+    """Blues for this package and another colour for each other one, the same in every panel."""
     unique = list(dict.fromkeys(names))
     ours = [name for name in unique if name.startswith(schema.OURS)]
     peers = [name for name in unique if name not in ours]
@@ -80,7 +81,7 @@ def _colours(names: list[str]) -> dict[str, str]:
 
 
 def _save_budget(document: dict, target: str) -> list[Path]:
-    """The trained head's time and memory over the share of the logits that is kept."""
+    """Time and memory of a trained head by the share of the logits that is kept."""
     curves: dict[str, dict[int, dict]] = {}
     for row in document["rows"]:
         title, name = f"{row['case'].removeprefix('trained head, ')}, {row['dtype']}", row["implementation"]
@@ -107,10 +108,10 @@ def _save_budget(document: dict, target: str) -> list[Path]:
     return [_save(document, figure, "the trained head by save_budget", target)]
 
 
-def _save(document: dict, figure, label: str, target: str) -> Path:
+def _save(document: dict, figure: Figure, label: str, target: str) -> Path:
     header = document["header"]
     figure.suptitle(f"{header['suite']}: {label}   ({header['hardware']}, torch {header['torch']})", fontsize=10)
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure.set_layout_engine("constrained", h_pad=0.1)
     figure.savefig(target, dpi=130)
     plt.close(figure)
     return Path(target)

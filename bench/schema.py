@@ -1,4 +1,4 @@
-"""The one format of a result: header and rows as JSON, checked before they are written; and the table of them."""
+"""The format of a result: header and rows as JSON, checked before they are written, and their table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .measure import CEILING, Outcome, median, quantile
 
 NUMBER = (int, float, type(None))
 TEXT = (str, type(None))
-HEADER = {
+Kind = type | tuple[type, ...]
+HEADER: dict[str, Kind] = {
     "suite": str,
     "device": str,  # cpu or cuda
     "hardware": str,
@@ -35,7 +36,7 @@ HEADER = {
     "command": str,
     "threads": int,
 }
-ROW = {
+ROW: dict[str, Kind] = {
     "suite": str,
     "case": str,
     "pass": str,  # fwd, fwd+bwd, fwd+bwd in place, or step; empty where the case as a whole failed
@@ -46,14 +47,14 @@ ROW = {
     "ms_p20": NUMBER,
     "ms_p80": NUMBER,
     "samples": int,
-    "bytes": NUMBER,  # the least traffic that answers the case (null where arithmetic bounds it)
+    "bytes": NUMBER,  # the least traffic that solves the case (null where arithmetic bounds it)
     "flop": NUMBER,  # the least arithmetic (null where traffic bounds it)
     "tokens_per_second": NUMBER,  # of a training step, a prompt counted once for each of its responses (null elsewhere)
-    # Of the measured ceiling: the time of that least work at the ceiling's rate, over ms. More than 1 in place on a CPU,
-    # where a line that was just read is written without fetching it again, as a copy must.
+    # Of the measured ceiling: the time of that least work at the ceiling's rate, divided by ms. In place on a CPU it exceeds 1:
+    # a line that was just read is written without being fetched again, as a copy must.
     "share": NUMBER,
-    "units": NUMBER,  # ms over the time of the case's unit (one read of the logits, one GEMM)
-    "speedup": NUMBER,  # ms of plain PyTorch at this case and pass, over ms
+    "units": NUMBER,  # ms divided by the time of the case's unit (one read of the logits, one GEMM)
+    "speedup": NUMBER,  # ms of plain PyTorch at this case and pass, divided by ms
     "peak_mib": NUMBER,  # beyond the inputs
     "result_mib": NUMBER,  # the part of it that is outputs and gradients
     "error": NUMBER,  # of the values against float64, in units of 1 + |truth|
@@ -106,11 +107,11 @@ def _output(*command: str) -> str | None:
 
 
 def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
-    """A problem's outcomes as rows."""
+    """The outcomes of a problem as rows."""
     medians = {outcome.name: median(outcome.times) for outcome in outcomes if outcome.times}
     plain, unit = medians.get(PLAIN), medians.get(f"{CEILING}{problem.unit}")
     floor = None
-    if f"{CEILING}{problem.bound_by}" in medians:
+    if problem.bound_by and problem.amount and f"{CEILING}{problem.bound_by}" in medians:
         ceiling = problem.ceilings[problem.bound_by]
         floor = problem.amount / ceiling.amount * medians[f"{CEILING}{problem.bound_by}"]
     result = []
@@ -132,7 +133,7 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
                 "samples": len(outcome.times),
                 "bytes": amount if problem.kind == "bytes" else None,
                 "flop": amount if problem.kind == "flop" else None,
-                "tokens_per_second": 1e3 * amount / ms if problem.kind == "tokens" and ms else None,
+                "tokens_per_second": 1e3 * amount / ms if problem.kind == "tokens" and amount and ms else None,
                 "share": floor / ms if floor and ms and not is_ceiling else None,
                 "units": ms / unit if unit and ms else None,
                 "speedup": plain / ms if plain and ms and not is_ceiling else None,
@@ -159,12 +160,12 @@ def missing(suite: str, case: tuple, status: str) -> dict:
 
 
 def _finite(error: float | None) -> float | None:
-    """JSON knows no infinity: such an error is null beside the status ``wrong``."""
+    """The error, or null where it is infinite or NaN, which JSON does not have; the status is ``wrong`` then."""
     return error if error is not None and math.isfinite(error) else None
 
 
 def check(document: dict) -> None:
-    """Raise ``ValueError`` where ``document`` is not of this format."""
+    """Raise ``ValueError`` unless ``document`` has this format."""
     if set(document) != {"header", "rows"}:
         raise ValueError(f"wanted header and rows, got {sorted(document)}")
     for fields, record in [(HEADER, document["header"]), *((ROW, row) for row in document["rows"])]:
@@ -189,7 +190,7 @@ def write(folder: Path, document: dict) -> Path:
     check(document)
     target = path(folder, document)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A row on one line: a new run then shows as a short diff.
+    # One line for each row, so that a new run shows as a short diff.
     lines = ",\n".join("  " + json.dumps(row) for row in document["rows"])
     target.write_text(f'{{"header": {json.dumps(document["header"], indent=1)},\n "rows": [\n{lines}\n]}}\n')
     return target

@@ -5,27 +5,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nca_kernels.dispatch import resolve
 
-from .cases import IGNORE_INDEX, Implementation, Problem, Unsupported, plain_logps, value_error
+from .cases import IGNORE_INDEX, Call, Implementation, Problem, Tensors, Unsupported, plain_logps, value_error
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 BETA = 0.1
 SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 MODELS = {
     "small": (32000, 512, 1408, 4, 8, 8),
     "1B": (128256, 2048, 8192, 16, 32, 8),  # Llama 3.2's
     "tiny": (50, 16, 32, 1, 2, 2),
 }
-# What the trainers are told to write to; they write nothing.
+# The output folder of the trainers, which write nothing.
 FOLDER = str(Path(tempfile.gettempdir(), "nca_kernels-bench"))
 # model, dtype, prompts, responses each, tokens of a prompt, tokens of a response
 CASES = {
@@ -54,43 +64,47 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
             dtype=dtype,
             tensors=tensors,
             # The loss, and the norm of all gradients before clipping.
-            truth=lambda values, _, truth=truth: (value_error(values, truth), None),
+            truth=partial(_errors, truth),
             kind="tokens",
             amount=prompts * responses * (prompt_tokens + response_tokens),
         )
         yield problem, implementations(model, device, responses)
 
 
-def _model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
+def _errors(truth: Tensor, values: Tensor, grads: list[Tensor]) -> tuple[float, None]:
+    return value_error(values, truth), None
+
+
+def _model(name: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(zip(SIZES, MODELS[name], strict=True))
+    sizes: dict[str, Any] = dict(zip(SIZES, MODELS[name], strict=True))
     config = LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False, pad_token_id=0, eos_token_id=1)
     with torch.device(device):  # where random numbers for a billion weights cost nothing
-        return LlamaForCausalLM(config).to(dtype)
+        return LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]  # transformers' wrapper of `to`
 
 
-def _rows(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompt and response as one row, ``[B * K, T]``, and the labels that score the response alone."""
+def _rows(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """Prompt and response as one row, ``[B * K, T]``, and its labels, which ignore the prompt."""
     prompts = tensors["prompts"].repeat_interleave(tensors["responses"].shape[1], 0)
     responses = tensors["responses"].flatten(0, 1)
     return torch.cat([prompts, responses], 1), torch.cat([torch.full_like(prompts, IGNORE_INDEX), responses], 1)
 
 
-def _plain_logps(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+def _plain_logps(model: LlamaForCausalLM, tensors: Tensors) -> Tensor:
     input_ids, labels = _rows(tensors)
     return plain_logps(model(input_ids).logits[:, :-1], labels[:, 1:]).sum(-1).view(tensors["scores"].shape)
 
 
-def _loss(logps: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """NCA with all weight on the best response: at K = 2 what TRL calls ``nca_pair``."""
+def _loss(logps: Tensor, tensors: Tensors) -> Tensor:
+    """NCA with all weight on the best response; at K = 2 TRL calls it ``nca_pair``."""
     r = BETA * (logps - tensors["ref_logps"])
     best = tensors["scores"].argmax(-1, keepdim=True)
     return -(F.logsigmoid(r).gather(-1, best).squeeze(-1) + F.logsigmoid(-r).mean(-1)).mean()
 
 
-def _truth(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-    """In float64, one row after the other: what all of them keep for backward is more than a GPU holds."""
+def _truth(model: LlamaForCausalLM, tensors: Tensors) -> Tensor:
+    """Loss and gradient norm in float64, row by row: what all rows keep for backward does not fit on a GPU."""
     double = copy.deepcopy(model).double()
     rows = [(ids[None], labels[None, 1:]) for ids, labels in zip(*_rows(tensors), strict=True)]
 
@@ -104,32 +118,32 @@ def _truth(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     (dlogps,) = torch.autograd.grad(loss, logps)
     for row, dlogp in zip(rows, dlogps.flatten(), strict=True):
         logp(*row).backward(dlogp)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in double.parameters()])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in double.parameters() if p.grad is not None])
     return torch.stack([loss.detach(), norm])
 
 
-def implementations(model: nn.Module, device: str, responses: int) -> list[Implementation]:
-    # At a rate of 0 AdamW does all of its work and leaves the weights as they were, so that everyone who leaves the model's
-    # methods alone, too, can share one model and one AdamW: five of each are more than a GPU holds.
+def implementations(model: LlamaForCausalLM, device: str, responses: int) -> list[Implementation]:
+    # At a learning rate of 0 AdamW does all of its work and leaves the weights as they were, so all implementations that do not
+    # patch the model share one model and one AdamW: five of each do not fit on a GPU.
     shared = torch.optim.AdamW(model.parameters(), lr=0.0)
     model.train()
 
-    def step(backward: Callable[[dict[str, Tensor]], Tensor], optimizer: torch.optim.Optimizer = shared) -> Callable:
-        """What every one of them does after ``backward``, which returns the loss."""
+    def step(backward: Call, optimizer: torch.optim.Optimizer = shared) -> Call:
+        """``backward``, which returns the loss, and what every implementation does after it."""
         parameters = optimizer.param_groups[0]["params"]
 
-        def call(tensors):
+        def call(tensors: Tensors) -> Tensor:
             try:
                 loss = backward(tensors)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
             finally:
-                optimizer.zero_grad()  # a step that fails must leave nothing to the next
+                optimizer.zero_grad()  # a step that fails must leave no gradients to the next
             return torch.stack([loss.detach(), norm])
 
         return call
 
-    def nca_kernels(share_prompt=False):
+    def nca_kernels(share_prompt: bool = False) -> Call:
         from nca_kernels.integrations.training.config import NCAConfig
         from nca_kernels.integrations.training.trainer import NCATrainer
 
@@ -145,7 +159,7 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
         first = [{"prompt_ids": [2, 3], "response_ids": [[4], [5]], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]}]
         trainer = NCATrainer(model, arguments, first)
 
-        def backward(tensors):
+        def backward(tensors: Tensors) -> Tensor:
             names = {"prompts": "prompt_ids", "responses": "response_ids", "scores": "scores", "ref_logps": "ref_logps"}
             columns = {name: tensors[key].tolist() for key, name in names.items()}
             rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -153,33 +167,32 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
 
         return step(backward)
 
-    def plain():
-        def backward(tensors):
+    def plain() -> Call:
+        def backward(tensors: Tensors) -> Tensor:
             loss = _loss(_plain_logps(model, tensors), tensors)
             loss.backward()
             return loss
 
         return step(backward)
 
-    def trl():
+    def trl() -> Call:
         if responses != 2:
-            raise Unsupported("takes pairs alone")
+            raise Unsupported("takes only pairs")
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
 
         own = copy.deepcopy(model)  # this trainer patches it
-        # By the name that the installed transformers has for it; TRL has it on.
+        # TRL turns it on; its name depends on the version of transformers.
         names = {field.name for field in dataclasses.fields(DPOConfig)}
         checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-        arguments = DPOConfig(
-            FOLDER, loss_type="nca_pair", beta=BETA, precompute_ref_log_probs=True, use_cpu=device == "cpu", report_to="none",
-            bf16=False, max_length=None, **{checkpointing: False},
-        )  # fmt: skip
+        options: dict[str, Any] = {"loss_type": "nca_pair", "precompute_ref_log_probs": True, checkpointing: False}
+        options |= {"use_cpu": device == "cpu", "report_to": "none", "bf16": False, "max_length": None}
+        arguments = DPOConfig(FOLDER, beta=BETA, **options)
         first = Dataset.from_list([{"prompt": "2 3", "chosen": " 4", "rejected": " 5"}])
         trainer = DPOTrainer(own, args=arguments, train_dataset=first, processing_class=_numbers(own.config.vocab_size))
         trainer.current_gradient_accumulation_steps = 1  # as its train() would
 
-        def backward(tensors):
+        def backward(tensors: Tensors) -> Tensor:
             best = tensors["scores"].argmax(-1)
             rows = []
             for prompt, pair, logps, b in zip(
@@ -191,7 +204,7 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
 
         return step(backward, torch.optim.AdamW(own.parameters(), lr=0.0))
 
-    mine = f"nca_kernels {resolve('linear_token_logps', None, torch.device(device), model.dtype)}"  # as the trainer asks for it
+    mine = f"nca_kernels {resolve('linear_token_logps', None, torch.device(device), model.dtype)}"  # the one that the trainer gets
     return [
         Implementation(mine, nca_kernels),
         Implementation(f"{mine} again", nca_kernels),
@@ -201,8 +214,8 @@ def implementations(model: nn.Module, device: str, responses: int) -> list[Imple
     ]
 
 
-def _numbers(vocab: int):
-    """A tokenizer whose words are the ids: a trainer may ask for one, and reads no text here."""
+def _numbers(vocab: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are the ids: the trainer wants one, and reads no text here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A line for each stored problem: this package beside its ceiling, its peers and the goals for an H100."""
+"""A line for each stored problem: this package beside its ceiling, other packages and the goals for an H100."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .schema import PLAIN, SIDE_ROWS, by_problem, is_ours, label
 
 COMPILED = "torch.compile"
 HALF = ", half ignored"
-# What is asked of an H100, under the names of the facts below, by suite and what tells its problems apart.
+# The goals on an H100, under the names of the facts below, by suite and by what identifies a problem in it.
 GOALS = {
     ("logps", "fwd bfloat16"): {"share": "93%", COMPILED: "2x", "peer": "1x"},
     ("logps", "fwd+bwd bfloat16"): {"share": "90%"},
@@ -19,7 +19,7 @@ GOALS = {
 
 
 def summary(document: dict) -> str:
-    """The stored problems, a line each; a backward in place has a line of its own."""
+    """One line for each stored problem; a backward in place has a line of its own."""
     lines = []
     for group in by_problem(document["rows"]).values():
         mine = [row for row in group if is_ours(row) and not SIDE_ROWS.search(row["implementation"])]
@@ -30,13 +30,13 @@ def summary(document: dict) -> str:
 
 
 def _line(mine: list[dict], group: list[dict], document: dict) -> str:
-    """The fastest of ``mine`` with all that is known of it, then the others."""
+    """The fastest of ``mine`` with all that is known about it, then the others."""
     mine = sorted(mine, key=lambda row: row["ms"] or float("inf"))
     best, others = mine[0], mine[1:]
     if best["ms"] is None:
         return f"{_title(best)}: " + "; ".join(dict.fromkeys(row["status"] for row in mine))
     facts = _facts(best, group, document["rows"])
-    goals = _goals(best) if document["header"]["device"] == "cuda" else {}
+    goals: dict[str, str] = _goals(best) if document["header"]["device"] == "cuda" else {}
     texts = [text + (f" (goal {goals[name]})" if name in goals else "") for name, text in facts.items()]
     return f"{_title(best)}: " + ", ".join([_timed(best), *texts, *map(_timed, others)])
 
@@ -86,7 +86,7 @@ def _goals(row: dict) -> dict[str, str]:
 
 
 def lacking(document: dict) -> list[str]:
-    """What makes a run a failure: rows of this package that are wrong or failed, and problems in which none of it ran."""
+    """Why a run counts as failed: rows of this package that are wrong or failed, and problems where it did not run."""
     reasons = []
     for group in by_problem(document["rows"]).values():
         mine = [row for row in group if is_ours(row)]

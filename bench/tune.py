@@ -1,6 +1,6 @@
-"""Launches of Triton's row kernels and tile sizes of the linear family, beside those that the package takes.
+"""Launch settings of Triton's row kernels and tile sizes of the linear functions, beside those that the package uses.
 
-The rows named ``nca_kernels`` are the package as it is, the others what they set in its place.
+The rows named ``nca_kernels`` are the package as it is; the others name what they set instead.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from typing import Any
 from unittest.mock import patch
+
+from torch import Tensor
 
 from nca_kernels.tiles import TILE_BYTES
 
 from . import linear, logps
-from .cases import BACKENDS, DTYPES, Call, Implementation, Problem, ours
+from .cases import BACKENDS, DTYPES, Call, Implementation, Problem, Tensors, ours
 from .memory import MIB
 
-# Words a thread, warps a program, and the most registers a thread; None leaves them to the compiler.
+# Words of a thread, warps of a program, and the most registers of a thread; None leaves them to the compiler.
 WORDS, WARPS, REGISTERS = (2, 4, 8), (4, 8, 16), (None, 64)
 TILES = {"cpu": (4, 8, 16, 32), "cuda": (32, 64, 128, 256, 512)}  # MiB
 # A suite and its problem: rows, width if linear, vocabulary, dtype
@@ -31,17 +34,19 @@ TINY = [("logps", 2, 1000, "bfloat16"), ("linear", 24, 16, 300, "float32")]
 
 def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
     for suite, *sizes in cases:
-        yield from {"logps": _launches, "linear": _tiles}[suite](device, *sizes)
+        yield from _launches(device, *sizes) if suite == "logps" else _tiles(device, *sizes)
 
 
-def _rivals(mine: str, build: Callable[[], Call], change: Callable, own: object, settings: dict) -> list[Implementation]:
-    """The package as it is, twice, and with each setting: ``change`` comes before a pass and lasts for its backward."""
+def _rivals(
+    mine: str, build: Callable[[], Call], change: Callable[[Any], None], own: object, settings: dict[str, Any]
+) -> list[Implementation]:
+    """The package as it is, twice, and with each setting; ``change`` is called before a pass and holds for its backward."""
 
-    def changed(setting):
-        def built():
+    def changed(setting: object) -> Callable[[], Call]:
+        def built() -> Call:
             call = build()
 
-            def run(tensors):
+            def run(tensors: Tensors) -> Tensor:
                 change(setting)
                 return call(tensors)
 
@@ -49,16 +54,16 @@ def _rivals(mine: str, build: Callable[[], Call], change: Callable, own: object,
 
         return built
 
-    named = {f"nca_kernels {mine}": own, f"nca_kernels {mine} again": own, **settings}
+    named: dict[str, object] = {f"nca_kernels {mine}": own, f"nca_kernels {mine} again": own, **settings}
     return [Implementation(name, changed(setting)) for name, setting in named.items()]
 
 
-def _launches(device, rows, vocab, dtype):
-    """Forward alone, then backward behind the package's own forward."""
+def _launches(device: str, rows: int, vocab: int, dtype: str) -> Iterator[tuple[Problem, list[Implementation]]]:
+    """Forward alone, then backward after the package's own forward."""
     from nca_kernels.backends.triton import token_logps as kernels
 
     build = ours("token_logps", "triton", device, DTYPES[dtype])
-    for name, leaves in (("_fwd_launch", ()), ("_bwd_launch", ("logits",))):
+    for name, leaves in (("_fwd_launch", logps.NO_LEAVES), ("_bwd_launch", logps.LEAVES)):
         own = getattr(kernels, name)
         settings = {}
         for words, warps, registers in product(WORDS, WARPS, REGISTERS):
@@ -66,17 +71,17 @@ def _launches(device, rows, vocab, dtype):
             title = f"{words} words, {warps} warps" + (f", {registers} registers" if registers else "")
             settings[title] = lambda *shape, own=own, launch=launch: own(*shape) | launch
         with patch.object(kernels, name, own):
-            problem = logps._problem(rows, vocab, dtype, False, leaves, device)
+            problem = logps.problem(rows, vocab, dtype, False, leaves, device)
             yield problem, _rivals("triton", build, partial(setattr, kernels, name), own, settings)
 
 
-def _tiles(device, rows, width, vocab, dtype):
+def _tiles(device: str, rows: int, width: int, vocab: int, dtype: str) -> Iterator[tuple[Problem, list[Implementation]]]:
     backend = BACKENDS[device][0]
     build = ours("linear_token_logps", backend, device, DTYPES[dtype])
     settings = {f"tiles of {mib} MiB": mib * MIB for mib in TILES[device] if mib * MIB != TILE_BYTES[device]}
     for name in linear.PASSES:
         with patch.dict(os.environ):
-            problem = linear._problem(name, rows, width, vocab, dtype, False, device)
+            problem = linear.problem(name, rows, width, vocab, dtype, False, device)
             yield problem, _rivals(backend, build, _set_tile_bytes, TILE_BYTES[device], settings)
 
 
