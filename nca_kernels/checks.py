@@ -98,7 +98,7 @@ def rows(labels: Tensor, leading: tuple[int, ...], of: str, shift: int, cu_seqle
             )
         return
     integer("cu_seqlens", cu_seqlens)
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}, wanted [S + 1]")
     if len(leading) > 1 and math.prod(leading[:-1]) != 1:
         raise ValueError(f"cu_seqlens: {of} has leading shape {list(leading)}, wanted one packed row, [M] or [1, M]")
