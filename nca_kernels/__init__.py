@@ -3,7 +3,7 @@
 from ._version import __version__
 from .dispatch import explain
 from .functional import TokenStats, selective_log_softmax, sequence_logps, token_logps, token_stats
-from .linear_functional import linear_sequence_logps, linear_token_logps
+from .linear_functional import linear_sequence_logps, linear_token_logps, linear_token_stats
 from .losses import GroupLoss, dpo_loss, group_loss, info_nca_loss, ipo_loss, kto_loss, nca_loss
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "kto_loss",
     "linear_sequence_logps",
     "linear_token_logps",
+    "linear_token_stats",
     "nca_loss",
     "selective_log_softmax",
     "sequence_logps",

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _compat, checks
 from .backends import BACKENDS
 
-OPS = ("token_logps", "token_stats", "linear_token_logps", "group_loss")
+OPS = ("token_logps", "token_stats", "linear_token_logps", "linear_token_stats", "group_loss")
 
 
 @_compat.constant_in_graphs

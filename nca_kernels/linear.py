@@ -70,11 +70,11 @@ def scatter(values: Tensor, rows: Tensor | None, M: int, dim: int = 0) -> Tensor
 
 
 class Forward(NamedTuple):
-    """What :func:`forward` leaves; ignored rows are 0."""
+    """What :func:`forward` leaves."""
 
-    stats: Tensor  # [3 or 4, M]
-    u: Tensor  # dlogp/dhidden [M, D] in float32, of a frozen head; else empty
-    w: Tensor  # dentropy/dhidden [M, D] in float32, of a frozen head, if asked for; else empty
+    stats: Tensor  # [3 or 4, M]; (0, 1, 0, 0) where ignored
+    u: Tensor  # dlogp/dhidden [M, D] in float32, of a frozen head, 0 where ignored; else empty
+    w: Tensor  # dentropy/dhidden [M, D] likewise, if asked for; else empty
 
 
 def forward(head: Head, hidden: Tensor, labels: Tensor, rows: Rows, kept: Tensor, stat_rows: int, with_entropy: bool) -> Forward:
@@ -111,7 +111,9 @@ def forward(head: Head, hidden: Tensor, labels: Tensor, rows: Rows, kept: Tensor
     everywhere = len(labels)
     u = scatter(u, selected, everywhere) if frozen else u
     w = scatter(w, selected, everywhere) if frozen and with_entropy else w
-    return Forward(scatter(stats, selected, everywhere, dim=1), u, w)
+    stats = scatter(stats, selected, everywhere, dim=1)
+    stats[1].masked_fill_(labels == settings.ignore_index, 1.0)
+    return Forward(stats, u, w)
 
 
 def frozen_backward(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import checks, ops, parallel, reference
 from .dispatch import resolve
-from .functional import check_rows, check_vocabulary, over_sequences
+from .functional import TokenStats, check_rows, check_vocabulary, over_sequences
 from .linear_head import Settings
 from .segments import shift_labels
 
@@ -22,8 +25,9 @@ def linear_token_logps(
     ignore_index: int = -100,
     scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
-    tp_group=None,
+    tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The log-probability of each label from hidden states and the head: :func:`token_logps` of
@@ -38,7 +42,9 @@ def linear_token_logps(
         weight: ``[V, D]``, the dtype of ``hidden``, as ``lm_head.weight``. Gets a gradient, summed over tiles in float32.
         labels, shift, ignore_index, scale, softcap, backend: as in :func:`token_logps`.
         bias: ``[V]``, the dtype of ``hidden``. Gets a gradient.
-        save_budget: bytes of logits tiles that a trained head keeps from forward instead of computing them again.
+        logits_dtype: ``torch.float32`` keeps the logits of 16-bit inputs in float32, so that a log-prob is right to 1e-5, not
+            to the spacing of its logit; gradients are still products of 16-bit matrices. ``None``: the dtype of ``hidden``.
+        save_budget: bytes of logits that a trained head keeps from forward instead of computing them again.
         tp_group: the process group of a vocabulary-parallel head; ``weight`` and ``bias`` are then this rank's rows (slices may
             be uneven), ``hidden`` and ``labels`` the same on every rank. A ``DTensor`` weight sharded on dim 0 names its own.
 
@@ -58,11 +64,11 @@ def linear_token_logps(
         >>> linear_token_logps(hidden, weight, torch.tensor([[3, -100]]))
         tensor([[-1.3863,  0.0000]])
     """
-    weight, bias, group = parallel.local_head(weight, bias, tp_group)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_linear(hidden, weight, bias, labels, shift, ignore_index, None, save_budget, group)
-    labels = shift_labels(labels.to(torch.int64), shift, ignore_index, None)
-    return _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend)
+    call = _prepare(
+        "linear_token_logps", hidden, weight, labels, bias, shift, ignore_index, None, scale, softcap, logits_dtype, save_budget,
+        tp_group, backend,
+    )  # fmt: skip
+    return call.logps()
 
 
 def linear_sequence_logps(
@@ -77,8 +83,9 @@ def linear_sequence_logps(
     ignore_index: int = -100,
     scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
-    tp_group=None,
+    tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The log-probability of each sequence from hidden states: the sum of :func:`linear_token_logps`, or the average.
@@ -86,8 +93,8 @@ def linear_sequence_logps(
     :func:`sequence_logps` of ``logits = hidden @ weight.T + bias``, which are never held.
 
     Args:
-        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, save_budget, tp_group, backend: as in
-            :func:`linear_token_logps`.
+        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, tp_group, backend: as in
+            :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients.
         average, cu_seqlens: as in :func:`sequence_logps`.
 
     Returns:
@@ -103,25 +110,142 @@ def linear_sequence_logps(
         tensor([-2.7726])
     """
     checks.flag("average", average)
+    call = _prepare(
+        "linear_token_logps", hidden, weight, labels, bias, shift, ignore_index, cu_seqlens, scale, softcap, logits_dtype,
+        save_budget, tp_group, backend,
+    )  # fmt: skip
+    return over_sequences(call.logps(), call.labels, ignore_index, average, cu_seqlens)
+
+
+def linear_token_stats(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    shift: int = 0,
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy_gradient: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    save_budget: int = 0,
+    tp_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    r"""Log-prob, entropy, log-sum-exp and top-1 hit of each label from hidden states: :func:`token_stats` of
+    ``logits = hidden @ weight.T + bias``, which are never held as ``[N, T, V]``.
+
+    The GEMMs are those of :func:`linear_token_logps`, whatever is differentiated, and one more where the head is frozen and
+    the entropy has a gradient.
+
+    Args:
+        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, tp_group, backend: as in
+            :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients, from ``logps``, ``lse`` and, if asked
+            for, ``entropy``.
+        entropy_gradient: ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; otherwise it is detached.
+
+    Returns:
+        ``TokenStats(logps, entropy, lse, top1)`` as :func:`token_stats` has it: three times float32 (float64 for float64
+        inputs) and bool, each of the shape of ``labels``.
+
+    Raises:
+        As :func:`linear_token_logps`.
+
+    Source: ``docs/math.md``, sections 2 and 3.
+
+    Example:
+        >>> hidden, weight = torch.eye(2).unsqueeze(0), torch.zeros(4, 2)
+        >>> linear_token_stats(hidden, weight, torch.tensor([[3, -100]])).entropy
+        tensor([[1.3863, 0.0000]])
+    """
+    checks.flag("entropy_gradient", entropy_gradient)
+    call = _prepare(
+        "linear_token_stats", hidden, weight, labels, bias, shift, ignore_index, None, scale, softcap, logits_dtype, save_budget,
+        tp_group, backend,
+    )  # fmt: skip
+    if call.settings.backend == "torch":
+        return TokenStats(*reference.linear_token_stats(*call.on_torch(), entropy_gradient=entropy_gradient, **call.options()))
+    tensors = call.flattened()
+    logps, entropy, lse, top1, *_ = ops.linear_token_stats(*tensors, entropy_gradient, *call.settings)
+    return TokenStats(*(values.view(call.labels.shape) for values in (logps, entropy, lse, top1)))
+
+
+class _Call(NamedTuple):
+    """The arguments of a linear function after its checks: labels shifted, the head this rank's."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    settings: Settings
+
+    def logps(self) -> Tensor:
+        if self.settings.backend == "torch":
+            return reference.linear_token_logps(*self.on_torch(), **self.options())
+        logps, *_ = ops.linear_token_logps(*self.flattened(), *self.settings)
+        return logps.view(self.labels.shape)
+
+    def flattened(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The tensors as the operators take them."""
+        rows = self.hidden.reshape(self.labels.numel(), self.hidden.shape[-1])
+        return rows, self.weight, self.bias, self.labels.reshape(-1).contiguous()
+
+    def on_torch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors as the reference takes them."""
+        check_vocabulary(self.labels, self.settings.ignore_index, len(self.weight))
+        return self.hidden, self.weight, self.labels
+
+    def options(self) -> dict[str, Any]:
+        return {**self.settings.rows.transformation(), "bias": self.bias, "logits_dtype": self.settings.logits_dtype}
+
+
+def _prepare(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    shift: int,
+    ignore_index: int,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype | None,
+    save_budget: int,
+    tp_group: dist.ProcessGroup | None,
+    backend: str | None,
+) -> _Call:
     weight, bias, group = parallel.local_head(weight, bias, tp_group)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget, group)
+    _check_head(hidden, weight, bias, group)
+    checks.integer_between("save_budget", save_budget, 0, checks.INT64.max, "an int >= 0, in bytes")
+    check_rows(labels, hidden, "hidden", shift, ignore_index, cu_seqlens)
+    scale = checks.positive("scale", scale)
+    softcap = None if softcap is None else checks.positive("softcap", softcap)
+    logits_dtype = _logits_dtype(logits_dtype, hidden.dtype)
+    name = resolve(op, backend, hidden.device, hidden.dtype)
+    if name == "torch" and group:
+        raise ValueError("tp_group: backend 'torch' has no vocabulary-parallel head; wanted None or another backend")
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, cu_seqlens)
-    logps = _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend)
-    return over_sequences(logps, labels, ignore_index, average, cu_seqlens)
+    vocab_start, vocab_total = parallel.slice_of(weight.shape[0], labels, group) if group else (0, weight.shape[0])
+    settings = Settings(
+        ignore_index, scale, softcap, name, logits_dtype, vocab_start, vocab_total, group, _mode(hidden, weight, bias), save_budget
+    )
+    return _Call(hidden, weight, bias, labels, settings)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The tensors in the active autocast dtype, if there is one; float64 stays, as in autocast's own matrix products."""
-    first = tensors[0]
     # "meta" has no autocast to ask for.
-    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias))
+    return hidden, weight, bias
 
 
-def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens, save_budget, group) -> None:
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: str) -> None:
     checks.floating("hidden", hidden)
     if hidden.ndim < 2:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, wanted [N, T, D] or [M, D]")
@@ -133,27 +257,22 @@ def _check_linear(hidden, weight, bias, labels, shift, ignore_index, cu_seqlens,
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1")
     if bias is not None:
-        checks.shape("bias", bias, (len(weight),), "the rows of weight")
-    checks.integer_between("save_budget", save_budget, 0, checks.INT64.max, "an int >= 0, in bytes")
-    check_rows(labels, hidden, "hidden", shift, ignore_index, cu_seqlens)
+        checks.shape("bias", bias, (weight.shape[0],), "the rows of weight")
 
 
-def _linear_token_logps(hidden, weight, bias, labels, ignore_index, scale, softcap, save_budget, group, backend) -> Tensor:
-    """:func:`linear_token_logps` after its checks of shapes, for labels already shifted."""
-    scale = checks.positive("scale", scale)
-    softcap = None if softcap is None else checks.positive("softcap", softcap)
-    name = resolve("linear_token_logps", backend, hidden.device, hidden.dtype)
-    if name == "torch":
-        if group:
-            raise ValueError("tp_group: backend 'torch' has no vocabulary-parallel head; wanted None or another backend")
-        check_vocabulary(labels, ignore_index, len(weight))
-        return reference.linear_token_logps(
-            hidden, weight, labels, bias=bias, ignore_index=ignore_index, scale=scale, softcap=softcap
-        )
-    vocab_start, vocab_total = parallel.slice_of(len(weight), labels, group) if group else (0, len(weight))
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    mode = "none" if not any(needs) else "trained" if any(needs[1:]) else "frozen"
-    settings = Settings(ignore_index, scale, softcap, vocab_start, vocab_total, hidden.dtype, save_budget, mode, group, name)
-    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
-    logps, *_ = ops.linear_token_logps(rows, weight, bias, labels.reshape(-1).contiguous(), *settings)
-    return logps.view(labels.shape)
+def _logits_dtype(logits_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    if logits_dtype is None or logits_dtype == dtype:
+        return dtype
+    if logits_dtype != torch.float32 or dtype == torch.float64:
+        wanted = "None" if dtype == torch.float64 else "None or torch.float32"
+        got = logits_dtype if isinstance(logits_dtype, torch.dtype) else repr(logits_dtype)
+        raise ValueError(f"logits_dtype: got {got} with hidden of {dtype}, wanted {wanted}")
+    return logits_dtype
+
+
+def _mode(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    if not torch.is_grad_enabled():
+        return "none"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "trained"
+    return "frozen" if hidden.requires_grad else "none"

@@ -6,33 +6,32 @@ Shapes, for a tile of R rows and C columns: ``hidden [R, D]``, ``logits [R, C]``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
+from .rows import RowOptions
 from .tiles import exact_product
 
 
 class Settings(NamedTuple):
-    """What the operators take beside tensors, in the order of their schemas."""
+    """How ``z`` comes from logits, which columns the head has and what is kept: the last arguments of every linear operator."""
 
     ignore_index: int
     scale: float
     softcap: float | None
+    backend: str
+    logits_dtype: torch.dtype
     vocab_start: int  # the first column of this head
     vocab_total: int  # the columns of all ranks
-    logits_dtype: torch.dtype
-    save_budget: int  # bytes of logits kept from forward to backward
-    mode: str  # "none": no gradient; "frozen": of hidden alone; "trained": of weight or bias, too
     group: str  # the process group of a vocabulary-parallel head, "" for none
-    backend: str
+    mode: str  # "none": no gradient; "frozen": of hidden alone; "trained": of weight or bias, too
+    save_budget: int  # bytes of logits kept from forward to backward
 
-    SCHEMA = (
-        "int ignore_index, float scale, float? softcap, int vocab_start, int vocab_total, ScalarType logits_dtype, "
-        "int save_budget, str mode, str group, str backend"
-    )
+    @property
+    def rows(self) -> RowOptions:
+        return RowOptions(self.ignore_index, self.scale, self.softcap, self.backend)
 
 
 class Upstream(NamedTuple):
@@ -54,10 +53,6 @@ class Head:
     bias: Tensor | None
     settings: Settings
 
-    @property
-    def _kernels(self) -> Any:
-        return BACKENDS[self.settings.backend]
-
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
         weight = self.weight[columns]
         if out.dtype != hidden.dtype:
@@ -72,28 +67,17 @@ class Head:
     def stats(self, logits: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
         """The statistics of these columns, as many rows as ``out`` has."""
         logps = torch.empty_like(labels, dtype=torch.float32)  # under the softmax of these columns: not used
-        self._kernels.token_logps_fwd(logits[None], labels[None], logps[None], out[:, None], **self._arguments(columns))
+        self.settings.rows.forward(logits[None], labels[None], logps[None], out[:, None], **self._slice(columns))
 
     def dlogits(self, upstream: Upstream, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor) -> None:
-        gradients = {name: None if value is None else value[None] for name, value in upstream._asdict().items()}
-        self._kernels.token_logps_bwd(
-            gradients.pop("dlogps"),
-            logits[None],
-            labels[None],
-            stats[:, None],
-            out[None],
-            **{name: value for name, value in gradients.items() if value is not None},
-            **self._arguments(columns),
+        """The gradient of the tile; ``out`` may be ``logits``."""
+        dlogps, dlse, dentropy = (None if gradient is None else gradient[None] for gradient in upstream)
+        self.settings.rows.backward(
+            dlogps, logits[None], labels[None], stats[:, None], out[None], dlse=dlse, dentropy=dentropy, **self._slice(columns)
         )
 
-    def _arguments(self, columns: slice) -> dict[str, Any]:
-        return {
-            "ignore_index": self.settings.ignore_index,
-            "scale": self.settings.scale,
-            "softcap": self.settings.softcap,
-            "vocab_start": self.settings.vocab_start + columns.start,
-            "vocab_total": self.settings.vocab_total,
-        }
+    def _slice(self, columns: slice) -> dict[str, int]:
+        return {"vocab_start": self.settings.vocab_start + columns.start, "vocab_total": self.settings.vocab_total}
 
     def column_of(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """The label's column among these (any column where it is not among them), and whether it is among them."""

@@ -93,12 +93,36 @@ def linear_token_logps(
     ignore_index: int = -100,
     scale: float = 1.0,
     softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [...]
-    """:func:`token_logps` of ``logits = hidden @ weight.T + bias``, which are formed in the dtype of ``hidden``."""
-    # The gradient of weight multiplies hidden by the ignored rows' zeros.
-    hidden = hidden.masked_fill((labels == ignore_index).unsqueeze(-1), 0.0)
-    logits = F.linear(hidden, weight, bias)
+    """:func:`token_logps` of ``logits = hidden @ weight.T + bias`` in ``logits_dtype`` (``None``: the dtype of ``hidden``)."""
+    logits = _linear_logits(hidden, weight, bias, labels == ignore_index, logits_dtype)
     return token_logps(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap)
+
+
+def linear_token_stats(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    entropy_gradient: bool = False,
+    logits_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [...] each
+    """:func:`token_stats` of the logits of :func:`linear_token_logps`."""
+    logits = _linear_logits(hidden, weight, bias, labels == ignore_index, logits_dtype)
+    return token_stats(logits, labels, ignore_index=ignore_index, scale=scale, softcap=softcap, entropy_gradient=entropy_gradient)
+
+
+def _linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ignored: Tensor, logits_dtype: torch.dtype | None
+) -> Tensor:
+    # The gradient of weight multiplies hidden by the ignored rows' zeros.
+    hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0.0)
+    return F.linear(*(None if t is None else t.to(logits_dtype or hidden.dtype) for t in (hidden, weight, bias)))
 
 
 # --- the weights of a prompt's responses -------------------------------------------------------------------------------

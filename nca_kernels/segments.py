@@ -18,7 +18,8 @@ def shift_labels(labels: Tensor, shift: int, ignore_index: int, cu_seqlens: Tens
         return labels
     T = labels.shape[-1]
     shift = min(shift, T)
-    shifted = F.pad(labels[..., shift:], (0, shift), value=ignore_index)
+    # Padded before it is cut: a tensor of T - shift columns would be a size of its own to a compiler, special where it is 1.
+    shifted = F.pad(labels, (0, shift), value=ignore_index)[..., shift:]
     if cu_seqlens is None:
         return shifted
     position = torch.arange(T, device=labels.device)

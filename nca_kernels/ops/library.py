@@ -17,6 +17,8 @@ SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
     str: "str",
     int: "int",
+    bool: "bool",
+    torch.dtype: "ScalarType",
     float: "float",
     float | None: "float?",
 }

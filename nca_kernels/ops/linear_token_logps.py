@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import checks, linear, tiles
 from ..linear_head import Head, Settings, Upstream
 from ..slices import logps_of
-from .library import LIBRARY, define, differentiable, no_second_derivative
+from .library import LIBRARY, define, differentiable, fields, no_second_derivative
 
 
 class Saved(NamedTuple):
@@ -27,8 +27,6 @@ class Saved(NamedTuple):
     kept: Tensor
     index: Tensor
     count: Tensor
-
-    SCHEMA = "Tensor stats, Tensor u, Tensor w, Tensor kept, Tensor index, Tensor count"
 
 
 def run_forward(
@@ -62,13 +60,13 @@ def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> Tens
 
 
 @define(
-    f"linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {Settings.SCHEMA}) "
-    f"-> (Tensor logps, {Saved.SCHEMA})"
+    f"linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {fields(Settings)}) "
+    f"-> (Tensor logps, {fields(Saved)})"
 )
 def _linear_token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     settings = Settings(*arguments)
     saved = run_forward(hidden, weight, bias, labels, settings, stat_rows=3, with_entropy=False)
-    return logps_of(saved.stats).masked_fill_(labels == settings.ignore_index, 0.0), *saved
+    return logps_of(saved.stats), *saved
 
 
 @torch.library.register_fake("nca_kernels::linear_token_logps", lib=LIBRARY)
@@ -90,8 +88,8 @@ def _upstream(dlogps: Tensor | None, dlse: Tensor | None, dentropy: Tensor | Non
 
 
 @define(
-    f"linear_trained_bwd({_UPSTREAM}, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {Saved.SCHEMA}, bool[] needs, "
-    f"{Settings.SCHEMA}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    f"linear_trained_bwd({_UPSTREAM}, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {fields(Saved)}, bool[] needs, "
+    f"{fields(Settings)}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 def linear_trained_bwd(
     dlogps: Tensor | None,
@@ -132,7 +130,7 @@ def _linear_trained_bwd_fake(
 
 @define(
     f"linear_frozen_bwd({_UPSTREAM}, Tensor? weight, Tensor labels, Tensor stats, Tensor u, Tensor w, ScalarType dtype, "
-    f"{Settings.SCHEMA}) -> Tensor dhidden"
+    f"{fields(Settings)}) -> Tensor dhidden"
 )
 def linear_frozen_bwd(
     dlogps: Tensor | None,
@@ -176,7 +174,6 @@ def save(ctx: Any, variables: tuple[Any, ...], labels: Tensor, settings: Setting
         labels,
         *saved,
     )
-    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
 
 
@@ -201,7 +198,9 @@ def gradients(
 
 def _linear_token_logps_setup(ctx: Any, variables: tuple[Any, ...], constants: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     labels, *arguments = constants
-    save(ctx, variables, labels, Settings(*arguments), Saved(*output[1:]), needs_weight=False)
+    saved = Saved(*output[1:])
+    save(ctx, variables, labels, Settings(*arguments), saved, needs_weight=False)
+    ctx.mark_non_differentiable(*saved)
 
 
 def _linear_token_logps_backward(ctx: Any, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

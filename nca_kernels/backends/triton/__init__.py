@@ -12,7 +12,7 @@ from ...loss_table import LOSSES
 
 NAME = "triton"
 
-_OPS = ("token_logps", "token_stats", "group_loss", "linear_token_logps")
+_OPS = ("token_logps", "token_stats", "group_loss", "linear_token_logps", "linear_token_stats")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)  # bfloat16 arithmetic
 
