@@ -18,6 +18,7 @@ from conftest import Target
 from oracle import plain_token_logps, value_and_grad
 
 import nca_kernels
+from nca_kernels.loss_table import LOSSES
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU has the error itself")
 
@@ -72,7 +73,7 @@ def test_a_softcap_has_the_same_slope_on_both_sides(triton):
     assert ((ours - truth).abs() <= truth.abs() * (4e-6 + 2**-23 / slope)).all()
 
 
-@pytest.mark.parametrize("name", test_group_loss.NAMES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_losses(triton, name):
     logps, ref_logps, scores, mask, *_ = test_group_loss._batch(9, 4, ragged=True, ties=False)
     test_group_loss._check(triton, name, logps, ref_logps, scores, mask=mask, beta=0.7, alpha=0.3, pairs="all")
