@@ -26,7 +26,7 @@ constexpr nca::Field<TokenLogps> kTokenLogps[] = {
 #define F(field) NCA_FIELD(GroupLoss, field)
 constexpr nca::Field<GroupLoss> kGroupLoss[] = {
     F(name), F(pairs), F(reduction), F(B), F(K), F(logps), F(ref_logps), F(scores), F(mask), F(lengths), F(desirable),
-    F(baseline), F(beta), F(alpha), F(loss), F(rewards), F(dlogps), F(threads), F(device), F(stream)};
+    F(baseline), F(beta), F(alpha), F(label_smoothing), F(nll_weight), F(loss), F(losses), F(rewards), F(dlogps), F(threads), F(device), F(stream)};
 #undef F
 
 // A Python function that fills a struct from its keyword arguments and runs a kernel on it.

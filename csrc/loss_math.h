@@ -1,17 +1,40 @@
-// The K-way losses of one prompt: value, implicit rewards and derivative. Once for the CPU's loop and the GPU's thread.
+// The K-way losses of one prompt: value, implicit rewards and derivative. Once for the CPU's loop and the GPU's lanes.
 //
 // With l = logp - ref_logp, r = beta * l, s = score and w = softmax(s / alpha) over the prompt's K valid responses:
-//   info_nca  - sum_i w_i log softmax(r)_i                              d/dr_i = softmax(r)_i - w_i
-//   nca       - sum_i [w_i log sigmoid(r_i) + log sigmoid(-r_i) / K]    d/dr_i = sigmoid(r_i) / K - w_i sigmoid(-r_i)
-//   dpo       mean over pairs of -log sigmoid(r_i - r_j)
-//   ipo       mean over pairs of (l_i / n_i - l_j / n_j - 1 / (2 beta))^2, n = length
-//   kto       mean of 1 - sigmoid(+-beta (l - z)), + for the desirable, z >= 0 a detached baseline
-// Any K: everything is recomputed from the inputs, which sit in the nearest cache, so there is no scratch memory.
+//   info_nca       - sum_i w_i log softmax(r)_i                              d/dr_i = softmax(r)_i - w_i
+//   nca            - sum_i [w_i log sigmoid(r_i) + log sigmoid(-r_i) / K]    d/dr_i = sigmoid(r_i) / K - w_i sigmoid(-r_i)
+//   biased_nca     the same with (1 - w_i) / (K - 1) for 1 / K
+//   dpo            mean over pairs of -(1 - e) log sigmoid(r_i - r_j) - e log sigmoid(r_j - r_i), e = label_smoothing
+//   ipo            mean over pairs of (l_i / n_i - l_j / n_j - 1 / (2 beta))^2, n = length
+//   kto            mean of 1 - sigmoid(+-beta (l - z)), + for the desirable, z >= 0 a detached baseline
+//   plackett_luce  mean of log sum_{s_j <= s_i} exp(r_j - r_i) over those i that have such a j besides themselves
+// and to each - nll_weight sum_i w_i logp_i / n_i. docs/math.md has the derivations.
+//
+// Any K: everything is recomputed from the inputs, which sit in the nearest cache. The outputs hold what a loss needs twice.
 #pragma once
 #include "nca.h"
 #include "row_math.h"
 
 namespace nca {
+
+// The lanes that share a prompt: here one, on a GPU up to a warp. Lane `lane` owns the responses lane, lane + size, ...
+// All lanes of a warp call sum, max and sync equally often, whatever their prompts hold: no loss returns early.
+struct Alone {
+  static constexpr std::int64_t lane = 0, size = 1;
+  float sum(float own) const { return own; }
+  float max(float own) const { return own; }
+  void sync() const {}
+};
+
+// A sum of many terms in float32 (Kahan): one after the other, those of K = 67 were 10 ulp off. Float64 is slow on a GPU.
+struct Sum {
+  float total = 0, excess = 0;
+  NCA_HOST_DEVICE void add(float term) {
+    const float corrected = term - excess, next = total + corrected;
+    excess = next - next == 0 ? (next - total) - corrected : 0.f;  // an infinite sum stays infinite
+    total = next;
+  }
+};
 
 // sigmoid(x), sigmoid(-x), log(1 + exp(x)) = -log sigmoid(-x) and log(1 + exp(-x)), all from one exponential that never
 // overflows and without a cancellation.
@@ -26,48 +49,59 @@ struct Logistic {
   }
 };
 
-// One prompt's rows of the inputs; the masked responses are never looked at, whatever they hold.
+// One prompt's rows of the inputs, the same on each of its lanes; masked responses are never read.
+// A prompt past the last has no response.
+template <class Lanes>
 struct Prompt {
   const GroupLoss& p;
-  std::int64_t first;
-  std::int64_t valid = 0;      // number of valid responses
-  float best = -INFINITY;      // best score
+  const Lanes& lanes;
+  std::int64_t first, K;
+  float valid;        // number of valid responses
+  float best;         // best score
+  float weights_sum;  // of score_exp
+  bool has_nan;       // a NaN among the valid inputs: all of the prompt's results are NaN
 
-  NCA_HOST_DEVICE Prompt(const GroupLoss& loss, std::int64_t b) : p(loss), first(b * loss.K) {
-    for (std::int64_t i = 0; i < p.K; ++i) {
+  NCA_HOST_DEVICE Prompt(const GroupLoss& loss, std::int64_t b, const Lanes& lanes_)
+      : p(loss), lanes(lanes_), first(b * loss.K), K(b < loss.B ? loss.K : 0) {
+    float own_valid = 0, own_best = -INFINITY, own_nan = p.baseline && is_nan(*p.baseline) ? 1.f : 0.f;
+    for (std::int64_t i = lanes.lane; i < K; i += lanes.size) {
       if (!is_valid(i)) continue;
-      const float s = score(i);
-      ++valid;
-      best = s > best || s != s ? s : best;  // a NaN stays
+      ++own_valid;
+      own_best = fmaxf(own_best, score(i));
+      if (is_nan(score(i)) || is_nan(log_ratio(i)) || is_nan(length(i))) own_nan = 1;
     }
+    valid = lanes.sum(own_valid);
+    best = lanes.max(own_best);
+    has_nan = lanes.max(own_nan) > 0;
+    float own_weights = 0;
+    for (std::int64_t i = lanes.lane; i < K; i += lanes.size) own_weights += is_valid(i) ? score_exp(i) : 0.f;
+    weights_sum = lanes.sum(own_weights);
   }
 
+  NCA_HOST_DEVICE static bool is_nan(float x) { return x != x; }
   NCA_HOST_DEVICE bool is_valid(std::int64_t i) const { return !p.mask || p.mask[first + i]; }
   NCA_HOST_DEVICE float score(std::int64_t i) const { return p.scores[first + i]; }
   NCA_HOST_DEVICE float log_ratio(std::int64_t i) const { return p.logps[first + i] - p.ref_logps[first + i]; }
   NCA_HOST_DEVICE float reward(std::int64_t i) const { return p.beta * log_ratio(i); }
+  NCA_HOST_DEVICE float length(std::int64_t i) const {
+    const float n = p.lengths ? p.lengths[first + i] : 1.f;
+    return n < 1.f ? 1.f : n;
+  }
 
   // The best themselves are 1 without the division: right for alpha = 0 and for an infinite best score.
   NCA_HOST_DEVICE float score_exp(std::int64_t i) const {
-    const float s = score(i);
-    if (s == best) return 1.f;
-    return p.alpha > 0 || s != s ? expf((s - best) / p.alpha) : 0.f;
+    if (score(i) == best) return 1.f;
+    return p.alpha > 0 ? expf((score(i) - best) / p.alpha) : 0.f;
   }
-  NCA_HOST_DEVICE float score_exp_sum() const {
-    float sum = 0;
-    for (std::int64_t i = 0; i < p.K; ++i) sum += is_valid(i) ? score_exp(i) : 0.f;
-    return sum;
-  }
+  NCA_HOST_DEVICE float weight(std::int64_t i) const { return score_exp(i) / weights_sum; }
+  // A response of weight 0 may be impossible, and 0 * inf is NaN.
+  NCA_HOST_DEVICE static float weighted(float w, float term) { return w > 0 ? w * term : 0.f; }
 
+  // Whether i's score is above j's, and that makes a pair.
   NCA_HOST_DEVICE bool is_pair(std::int64_t i, std::int64_t j) const {
-    return is_valid(j) && score(i) > score(j) && (p.pairs == kAll || score(i) == best);
+    return score(i) > score(j) && (p.pairs == kAll || score(i) == best);
   }
-
   // What a pair compares (r, or l / n for IPO) and its derivative by logp.
-  NCA_HOST_DEVICE float length(std::int64_t i) const {
-    const float n = p.lengths ? p.lengths[first + i] : 1.f;
-    return n < 1.f ? 1.f : n;  // not fmaxf, which would hide NaN
-  }
   NCA_HOST_DEVICE float margin(std::int64_t i) const { return p.name == kIPO ? log_ratio(i) / length(i) : reward(i); }
   NCA_HOST_DEVICE float dmargin(std::int64_t i) const { return p.name == kIPO ? 1.f / length(i) : p.beta; }
 
@@ -75,111 +109,182 @@ struct Prompt {
     return p.desirable ? p.desirable[first + i] : score(i) == best;
   }
 
+  // The result for a valid response, from its derivative without the negative log-likelihood.
   NCA_HOST_DEVICE void put(std::int64_t i, float dloss_dlogp) const {
+    if (p.nll_weight > 0) dloss_dlogp -= p.nll_weight * weight(i) / length(i);
+    if (has_nan) dloss_dlogp = NAN;
     p.dlogps[first + i] = p.reduction == kMean ? dloss_dlogp / p.B : dloss_dlogp;
   }
 };
 
-// Each returns the prompt's loss, and puts d loss / d logp of every valid response.
+// Each returns the prompt's loss, and puts d loss / d logp of every valid response that its lane owns.
 
-NCA_HOST_DEVICE static inline float info_nca(const Prompt& q) {
-  float top = -INFINITY, sum = 0, loss = 0;
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
-    if (q.is_valid(i)) top = fmaxf(top, q.reward(i));
+template <class Lanes>
+NCA_HOST_DEVICE float info_nca(const Prompt<Lanes>& q) {
+  float own_top = -INFINITY, own_sum = 0, own_loss = 0;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
+    if (q.is_valid(i)) own_top = fmaxf(own_top, q.reward(i));
   }
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
-    if (q.is_valid(i)) sum += expf(q.reward(i) - top);
+  const float top = q.lanes.max(own_top);
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
+    if (q.is_valid(i)) own_sum += expf(q.reward(i) - top);
   }
-  const float log_sum = logf(sum), score_sum = q.score_exp_sum();
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
+  const float sum = q.lanes.sum(own_sum), log_sum = logf(sum);
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
-    const float r = q.reward(i) - top, w = q.score_exp(i) / score_sum;
-    loss += w * (log_sum - r);
+    const float r = q.reward(i) - top, w = q.weight(i);
+    own_loss += q.weighted(w, log_sum - r);
     q.put(i, q.p.beta * (expf(r) / sum - w));
   }
-  return loss;
+  return q.lanes.sum(own_loss);
 }
 
-NCA_HOST_DEVICE static inline float nca_loss(const Prompt& q) {
-  const float score_sum = q.score_exp_sum();
-  float loss = 0;
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
+// nca and biased_nca, which differ in the weights of log sigmoid(-r).
+template <class Lanes>
+NCA_HOST_DEVICE float nca_loss(const Prompt<Lanes>& q) {
+  const bool biased = q.p.name == kBiasedNCA;
+  const float learns = biased && q.valid < 2 ? 0.f : 1.f;  // one response alone is no choice
+  float own_loss = 0;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
     const Logistic at(q.reward(i));
-    const float w = q.score_exp(i) / score_sum;
-    loss += w * at.softplus_minus + at.softplus / q.valid;
-    q.put(i, q.p.beta * (at.sigmoid / q.valid - w * at.sigmoid_minus));
+    const float w = learns * q.weight(i), noise = learns * (biased ? (1.f - w) / fmaxf(q.valid - 1.f, 1.f) : 1.f / q.valid);
+    own_loss += q.weighted(w, at.softplus_minus) + q.weighted(noise, at.softplus);
+    q.put(i, q.p.beta * (noise * at.sigmoid - w * at.sigmoid_minus));
   }
-  return loss;
+  return q.lanes.sum(own_loss);
 }
 
 struct PairTerm {
   float loss, slope;
 };
 
-NCA_HOST_DEVICE static inline PairTerm pair_term(const GroupLoss& p, float margin) {
+NCA_HOST_DEVICE inline PairTerm pair_term(const GroupLoss& p, float margin) {
   if (p.name == kDPO) {
     const Logistic at(margin);
-    return {at.softplus_minus, -at.sigmoid_minus};
+    if (p.label_smoothing == 0) return {at.softplus_minus, -at.sigmoid_minus};  // not 0 * inf
+    const float e = p.label_smoothing;
+    return {(1.f - e) * at.softplus_minus + e * at.softplus, e * at.sigmoid - (1.f - e) * at.sigmoid_minus};
   }
   const float miss = margin - 0.5f / p.beta;
   return {miss * miss, 2.f * miss};
 }
 
 // Each response gathers its own derivative, as the better and as the worse one of its pairs.
-NCA_HOST_DEVICE static inline float pair_loss(const Prompt& q) {
-  std::int64_t pairs = 0;
-  double loss = 0;  // K^2 terms: in float32 their sum was 10 ulp off at K = 67
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
+template <class Lanes>
+NCA_HOST_DEVICE float pair_loss(const Prompt<Lanes>& q) {
+  std::int64_t own_pairs = 0;
+  Sum own_loss;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
-    double slope = 0;
-    for (std::int64_t j = 0; j < q.p.K; ++j) {
+    Sum slope;
+    for (std::int64_t j = 0; j < q.K; ++j) {
       if (!q.is_valid(j)) continue;
-      if (q.is_pair(i, j)) {
-        const PairTerm term = pair_term(q.p, q.margin(i) - q.margin(j));
-        loss += term.loss;
-        slope += term.slope;
-        ++pairs;
-      } else if (q.is_pair(j, i)) {
-        slope -= pair_term(q.p, q.margin(j) - q.margin(i)).slope;
-      }
+      const bool better = q.is_pair(i, j);
+      if (!better && !q.is_pair(j, i)) continue;
+      const float margin = q.margin(i) - q.margin(j);
+      const PairTerm term = pair_term(q.p, better ? margin : -margin);
+      slope.add(better ? term.slope : -term.slope);
+      if (!better) continue;
+      own_loss.add(term.loss);
+      ++own_pairs;
     }
-    q.put(i, q.dmargin(i) * slope);
+    q.p.dlogps[q.first + i] = q.dmargin(i) * slope.total;  // until the number of pairs is known
   }
-  const float n = pairs ? pairs : 1;
-  for (std::int64_t i = 0; i < q.p.K; ++i) q.p.dlogps[q.first + i] /= n;
-  return loss / n;
+  const float pairs = fmaxf(q.lanes.sum(static_cast<float>(own_pairs)), 1.f);
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
+    if (q.is_valid(i)) q.put(i, q.p.dlogps[q.first + i] / pairs);
+  }
+  return q.lanes.sum(own_loss.total) / pairs;
 }
 
-NCA_HOST_DEVICE static inline float kto(const Prompt& q) {
-  const float baseline = q.p.baseline ? *q.p.baseline : 0.f;
-  const float z = baseline <= 0 ? 0.f : baseline;
-  float loss = 0;
-  for (std::int64_t i = 0; i < q.p.K; ++i) {
+template <class Lanes>
+NCA_HOST_DEVICE float kto(const Prompt<Lanes>& q) {
+  const float z = q.p.baseline && *q.p.baseline > 0 ? *q.p.baseline : 0.f;
+  float own_loss = 0;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
     const float sign = q.is_desirable(i) ? 1.f : -1.f;
-    const float x = sign * q.p.beta * (q.log_ratio(i) - z);
-    const Logistic at(x);
-    loss += at.sigmoid_minus / q.valid;  // 1 - sigmoid(x), without the cancellation
+    const Logistic at(sign * q.p.beta * (q.log_ratio(i) - z));
+    own_loss += at.sigmoid_minus / q.valid;  // 1 - sigmoid(x), without the cancellation
     q.put(i, -sign * q.p.beta * at.sigmoid_minus * at.sigmoid / q.valid);
   }
-  return loss;
+  return q.lanes.sum(own_loss);
 }
 
-// Prompt b: writes its rewards and dlogps, returns its loss without the reduction's factor.
-NCA_HOST_DEVICE static inline float group_loss_prompt(const GroupLoss& p, std::int64_t b) {
-  const Prompt q(p, b);
-  for (std::int64_t i = 0; i < p.K; ++i) {
-    p.rewards[q.first + i] = q.is_valid(i) ? q.reward(i) : 0.f;
-    p.dlogps[q.first + i] = 0.f;
+// With D_i = log sum_j exp(r_j - r_i), the loss is the mean of D and d/dr_k = (sum_{s_i >= s_k} exp(r_k - r_i - D_i) - 1) / n.
+// A response with none at or below it has D = 0 and adds nothing to either, so it is left out of n alone.
+template <class Lanes>
+NCA_HOST_DEVICE float plackett_luce(const Prompt<Lanes>& q) {
+  float own_worst = -INFINITY, own_worst_count = 0;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
+    if (q.is_valid(i)) own_worst = fmaxf(own_worst, -q.score(i));
   }
-  if (q.valid == 0) return 0.f;
-  switch (p.name) {
+  const float worst = -q.lanes.max(own_worst);
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) own_worst_count += q.is_valid(i) && q.score(i) == worst;
+  const float n = fmaxf(q.valid - (q.lanes.sum(own_worst_count) == 1.f ? 1.f : 0.f), 1.f);
+  const float learns = worst < q.best ? 1.f / n : 0.f;
+
+  float* const D = q.p.rewards + q.first;  // until the rewards take their place
+  Sum own_loss;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
+    if (!q.is_valid(i)) continue;
+    float top = 0;  // r_i itself is among the r_j
+    for (std::int64_t j = 0; j < q.K; ++j) {
+      if (j != i && q.is_valid(j) && q.score(j) <= q.score(i)) top = fmaxf(top, q.reward(j) - q.reward(i));
+    }
+    Sum others;
+    for (std::int64_t j = 0; j < q.K; ++j) {
+      if (j != i && q.is_valid(j) && q.score(j) <= q.score(i)) others.add(expf(q.reward(j) - q.reward(i) - top));
+    }
+    D[i] = top > 0 ? top + logf(others.total + expf(-top)) : log1pf(others.total);
+    own_loss.add(D[i]);
+  }
+  q.lanes.sync();
+  for (std::int64_t k = q.lanes.lane; k < q.K; k += q.lanes.size) {
+    if (!q.is_valid(k)) continue;
+    Sum slope;
+    slope.add(expm1f(-D[k]));  // k's own term and the - 1
+    for (std::int64_t i = 0; i < q.K; ++i) {
+      if (i != k && q.is_valid(i) && q.score(i) >= q.score(k)) slope.add(expf(q.reward(k) - q.reward(i) - D[i]));
+    }
+    q.put(k, q.p.beta * learns * slope.total);
+  }
+  q.lanes.sync();
+  return learns * q.lanes.sum(own_loss.total);
+}
+
+template <class Lanes>
+NCA_HOST_DEVICE float loss_of(const Prompt<Lanes>& q) {
+  switch (q.p.name) {
     case kInfoNCA: return info_nca(q);
-    case kNCA: return nca_loss(q);
+    case kNCA:
+    case kBiasedNCA: return nca_loss(q);
     case kKTO: return kto(q);
+    case kPlackettLuce: return plackett_luce(q);
     default: return pair_loss(q);
   }
+}
+
+// - sum_i w_i logp_i / n_i
+template <class Lanes>
+NCA_HOST_DEVICE float nll(const Prompt<Lanes>& q) {
+  float own = 0;
+  for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
+    if (q.is_valid(i)) own -= q.weighted(q.weight(i), q.p.logps[q.first + i] / q.length(i));
+  }
+  return q.lanes.sum(own);
+}
+
+// Prompt b: writes its rewards and dlogps, returns its loss without the reduction's factor, on each of its lanes.
+template <class Lanes>
+NCA_HOST_DEVICE float group_loss_prompt(const GroupLoss& p, std::int64_t b, const Lanes& lanes) {
+  const Prompt<Lanes> q(p, b, lanes);
+  for (std::int64_t i = lanes.lane; i < q.K; i += lanes.size) p.dlogps[q.first + i] = 0.f;
+  float loss = loss_of(q);
+  if (p.nll_weight > 0) loss += p.nll_weight * nll(q);
+  for (std::int64_t i = lanes.lane; i < q.K; i += lanes.size) p.rewards[q.first + i] = q.is_valid(i) ? q.reward(i) : 0.f;
+  return q.has_nan && q.valid > 0 ? NAN : loss;
 }
 
 }  // namespace nca

@@ -42,8 +42,9 @@ struct TokenLogps {
 };
 
 // The names are in the order of the enumerators: Python takes an enumerator's number from the place of its name.
-enum Loss : int { kInfoNCA, kNCA, kDPO, kIPO, kKTO };
-constexpr const char* kLosses[] = {"info_nca", "nca", "dpo", "ipo", "kto"};
+enum Loss : int { kInfoNCA, kNCA, kDPO, kIPO, kKTO, kPlackettLuce, kBiasedNCA };
+constexpr const char* kLosses[] = {"info_nca", "nca", "dpo", "ipo", "kto", "plackett_luce", "biased_nca"};
+static_assert(sizeof(kLosses) / sizeof(kLosses[0]) == kBiasedNCA + 1);
 enum Pairs : int { kBestVsRest, kAll };
 constexpr const char* kPairs[] = {"best_vs_rest", "all"};
 enum Reduction : int { kMean, kSum, kNone };
@@ -59,11 +60,15 @@ struct GroupLoss {
   const float* ref_logps;
   const float* scores;
   const bool* mask;        // null: every response counts
-  const float* lengths;    // null: log-probs are token averages already (IPO)
+  const float* lengths;    // null: log-probs are token averages already (IPO, the negative log-likelihood)
   const bool* desirable;   // null: the best-scored responses (KTO)
   const float* baseline;   // one value, null: 0 (KTO); taken as max(baseline, 0)
-  float beta, alpha;
-  float* loss;             // [1], or [B] with kNone
+  float beta;
+  float alpha;             // 0: uniform weights over the best-scored responses
+  float label_smoothing;   // 0 for every loss but DPO
+  float nll_weight;        // 0: no negative log-likelihood
+  float* loss;             // [1], the sum or mean; not written with kNone
+  float* losses;           // [B], each prompt's own; null: only their sum is wanted
   float* rewards;          // [B, K]
   float* dlogps;           // [B, K]: d loss / d logps, the reduction's factor included
 };

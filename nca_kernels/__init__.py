@@ -4,12 +4,23 @@ from ._version import __version__
 from .dispatch import explain
 from .functional import TokenStats, selective_log_softmax, sequence_logps, token_logps, token_stats
 from .linear_functional import linear_sequence_logps, linear_token_logps, linear_token_stats
-from .losses import GroupLoss, dpo_loss, group_loss, info_nca_loss, ipo_loss, kto_loss, nca_loss
+from .losses import (
+    GroupLoss,
+    biased_nca_loss,
+    dpo_loss,
+    group_loss,
+    info_nca_loss,
+    ipo_loss,
+    kto_loss,
+    nca_loss,
+    plackett_luce_loss,
+)
 
 __all__ = [
     "GroupLoss",
     "TokenStats",
     "__version__",
+    "biased_nca_loss",
     "dpo_loss",
     "explain",
     "group_loss",
@@ -20,6 +31,7 @@ __all__ = [
     "linear_token_logps",
     "linear_token_stats",
     "nca_loss",
+    "plackett_luce_loss",
     "selective_log_softmax",
     "sequence_logps",
     "token_logps",

@@ -17,9 +17,11 @@ class Loss(NamedTuple):
 LOSSES = {
     "info_nca": Loss(takes=("alpha",)),
     "nca": Loss(takes=("alpha",)),
-    "dpo": Loss(takes=("pairs",)),
+    "dpo": Loss(takes=("pairs", "label_smoothing")),
     "ipo": Loss(takes=("pairs", "lengths")),
     "kto": Loss(takes=("desirable", "baseline")),
+    "plackett_luce": Loss(takes=()),
+    "biased_nca": Loss(takes=("alpha",)),
 }
 PAIRS = ("best_vs_rest", "all")
 REDUCTIONS = ("mean", "sum", "none")
@@ -39,5 +41,15 @@ class GroupLossArguments(NamedTuple):
     beta: float
     alpha: float  # 0 for a loss that takes none: uniform weights over the best-scored responses
     pairs: str
+    label_smoothing: float
+    nll_weight: float
     reduction: str
     backend: str
+
+    def wants_several_blocks(self) -> bool:
+        """Whether a GPU adds up the prompts' losses in a second launch, so that more than one block may compute them.
+
+        One block takes a batch of a usual size in less time than the second launch costs.
+        """
+        B, K = self.logps.shape
+        return B * K * K > 2**15

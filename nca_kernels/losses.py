@@ -34,6 +34,8 @@ class Options(TypedDict, total=False):
     lengths: Tensor | None
     desirable: Tensor | None
     baseline: Tensor | float | None
+    label_smoothing: float
+    nll_weight: float
     reduction: str
     backend: str | None
 
@@ -51,6 +53,8 @@ def group_loss(
     lengths: Tensor | None = None,  # [B, K]
     desirable: Tensor | None = None,  # [B, K]
     baseline: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> GroupLoss:
@@ -58,13 +62,18 @@ def group_loss(
 
     With ``r = beta * (logps - ref_logps)`` and ``w = softmax(scores / alpha)`` over a prompt's K valid responses::
 
-        info_nca  - sum_i w_i log softmax(r)_i
-        nca       - sum_i [ w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i) ]
-        dpo       mean over pairs of  - log sigmoid(r_i - r_j)
-        ipo       mean over pairs of  (l_i / n_i - l_j / n_j - 1 / (2 beta))^2,  l = logps - ref_logps, n = lengths
-        kto       mean over responses of  1 - sigmoid(beta (l - z)) if desirable, 1 - sigmoid(beta (z - l)) if not
+        info_nca       - sum_i w_i log softmax(r)_i
+        nca            - sum_i [ w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i) ]
+        biased_nca     - sum_i [ w_i log sigmoid(r_i) + (1 - w_i) / (K - 1) log sigmoid(-r_i) ]
+        dpo            mean over pairs of  - (1 - e) log sigmoid(r_i - r_j) - e log sigmoid(r_j - r_i),  e = label_smoothing
+        ipo            mean over pairs of  (l_i / n_i - l_j / n_j - 1 / (2 beta))^2,  l = logps - ref_logps, n = lengths
+        kto            mean over responses of  1 - sigmoid(beta (l - z)) if desirable, 1 - sigmoid(beta (z - l)) if not
+        plackett_luce  mean over responses of  - (r_i - logsumexp of r_j over s_j <= s_i)
 
-    A prompt with nothing to learn from (no valid response; for ``dpo`` and ``ipo`` no pair) gives loss 0 and gradient 0.
+    and to each is added ``- nll_weight * sum_i w_i logps_i / n_i``. ``plackett_luce`` leaves out a response that has no other
+    scored at or below it. A prompt with nothing to learn from (no valid response; for ``dpo``, ``ipo`` and ``plackett_luce`` no
+    two different scores; for ``biased_nca`` one response) gives loss 0 and gradient 0, beside that term. A NaN among a prompt's
+    valid inputs makes its loss and its gradients NaN; the gradients of other prompts stay as they are.
 
     Args:
         name: one of the losses above.
@@ -74,16 +83,19 @@ def group_loss(
         scores: explicit rewards, ``[B, K]``, of any floating or integer dtype (computed in float32). ``None``: column 0 is the
             chosen response, and a prompt whose column 0 is masked has nothing to learn from.
         beta: > 0, the strength of the implicit reward.
-        alpha: for ``info_nca`` and ``nca``, >= 0, the temperature of the scores, in their unit; 0: all weight on the best-scored
-            responses. ``None``: 1. Without ``scores`` all weight is on column 0.
+        alpha: for ``info_nca``, ``nca`` and ``biased_nca``, >= 0, the temperature of the scores, in their unit; 0: all weight on
+            the best-scored responses, as for the losses without ``alpha``. ``None``: 1. Without ``scores`` all weight is on
+            column 0.
         mask: bool ``[B, K]``, true where there is a response (ragged K); ``None``: everywhere. The values of the other arguments
             elsewhere do not matter.
         pairs: for ``dpo`` and ``ipo``. ``"best_vs_rest"``, or ``None``: each best-scored response against each lower-scored
             one; ``"all"``: every pair of different scores. Equal scores are no pair.
-        lengths: for ``ipo``, the labelled tokens of each response, ``[B, K]``, floating or integer, 0 counts as 1; ``None``:
-            log-probs are averages already.
+        lengths: for ``ipo`` and for ``nll_weight``, the labelled tokens of each response, ``[B, K]``, floating or integer; 0
+            counts as 1. ``None``, for ``ipo``: log-probs are averages already.
         desirable: for ``kto``, bool ``[B, K]``; ``None``: the best-scored responses.
         baseline: for ``kto``, ``z`` in nats, a number or one-element tensor, detached and clamped to >= 0; ``None``: 0.
+        label_smoothing: for ``dpo``, in [0, 0.5), the share of pairs whose order is taken to be wrong.
+        nll_weight: >= 0, the weight of the negative log-likelihood per token; above 0 it wants ``lengths``.
         reduction: ``"mean"`` over the B prompts, ``"sum"`` or ``"none"``.
         backend: as in :func:`nca_kernels.token_logps`.
 
@@ -111,7 +123,12 @@ def group_loss(
         raise ValueError(f"logps: got shape {list(logps.shape)}, wanted [B, K] with K >= 1")
     if ref_logps.requires_grad:
         raise ValueError("ref_logps: requires a gradient, wanted a constant (compute it under torch.no_grad())")
-    _refuse_unused(name, {"alpha": alpha, "pairs": pairs, "lengths": lengths, "desirable": desirable, "baseline": baseline})
+    nll_weight = checks.non_negative("nll_weight", nll_weight)
+    if nll_weight > 0 and lengths is None:
+        raise ValueError("lengths: got None, wanted the number of tokens of each response, for nll_weight > 0")
+    given = {"alpha": alpha, "pairs": pairs, "lengths": lengths, "desirable": desirable, "baseline": baseline}
+    _refuse_unused(name, {**given, "label_smoothing": label_smoothing or None}, ("lengths",) if nll_weight > 0 else ())
+    label_smoothing = _label_smoothing(label_smoothing)
     beta = checks.positive("beta", beta)
     alpha = _alpha(name, alpha, scores)
     pairs = PAIRS[0] if pairs is None else pairs
@@ -144,6 +161,8 @@ def group_loss(
         beta=beta,
         alpha=alpha,
         pairs=pairs,
+        label_smoothing=label_smoothing,
+        nll_weight=nll_weight,
         reduction=reduction,
         backend=resolve("group_loss", backend, logps.device, dtype, loss=name),
     )
@@ -153,11 +172,18 @@ def group_loss(
     return GroupLoss(loss, rewards)
 
 
-def _refuse_unused(name: str, given: dict[str, object]) -> None:
-    """``ValueError`` for an argument that the loss ``name`` does not take: its value would have no effect."""
+def _refuse_unused(name: str, given: dict[str, object], used: tuple[str, ...]) -> None:
+    """``ValueError`` for an argument that neither the loss ``name`` takes nor another term uses: it would have no effect."""
     for argument, value in given.items():
-        if value is not None and argument not in LOSSES[name].takes:
+        if value is not None and argument not in LOSSES[name].takes and argument not in used:
             raise ValueError(f"{argument}: got a value, wanted none: the loss {name!r} does not take it")
+
+
+def _label_smoothing(value: float) -> float:
+    value = checks.non_negative("label_smoothing", value)
+    if value >= 0.5:
+        raise ValueError(f"label_smoothing: got {value}, wanted a number in [0, 0.5)")
+    return value
 
 
 def _alpha(name: str, alpha: float | None, scores: Tensor | None) -> float:
@@ -218,8 +244,8 @@ def info_nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None
     ``- sum_i w_i log softmax(r)_i``, with ``r = beta * (logps - ref_logps)`` and ``w = softmax(scores / alpha)``.
 
     Args, returns, raises: as :func:`group_loss` with ``name="info_nca"``, whose options are ``beta``, ``alpha``, ``mask``,
-    ``reduction`` and ``backend``. ``logps`` alone gets a gradient, ``beta * (softmax(r) - w)``. At K = 2 and ``alpha=0`` it is
-    :func:`dpo_loss`.
+    ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient, ``beta * (softmax(r) - w)``. At
+    K = 2 and ``alpha=0`` it is :func:`dpo_loss`.
 
     Source: Chen et al. 2024 (arXiv 2402.05369), InfoNCA.
 
@@ -237,7 +263,8 @@ def nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
     ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses.
 
     Args, returns, raises: as :func:`group_loss` with ``name="nca"``, whose options are ``beta``, ``alpha``, ``mask``,
-    ``reduction`` and ``backend``. ``logps`` alone gets a gradient, ``beta * (sigmoid(r_i) / K - w_i sigmoid(-r_i))``.
+    ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient,
+    ``beta * (sigmoid(r_i) / K - w_i sigmoid(-r_i))``.
 
     Source: Chen et al. 2024 (arXiv 2402.05369), NCA.
 
@@ -251,8 +278,11 @@ def nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
 def dpo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""DPO: the mean over pairs (i scored above j) of ``- log sigmoid(r_i - r_j)``, ``r = beta * (logps - ref_logps)``.
 
+    With ``label_smoothing`` e, conservative DPO: ``- (1 - e) log sigmoid(r_i - r_j) - e log sigmoid(r_j - r_i)``.
+
     Args, returns, raises: as :func:`group_loss` with ``name="dpo"``, whose options are ``beta``, ``mask``, ``pairs``,
-    ``reduction`` and ``backend``. ``logps`` alone gets a gradient. Without ``scores`` column 0 is the chosen response.
+    ``label_smoothing``, ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets
+    a gradient. Without ``scores`` column 0 is the chosen response.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290); K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
 
@@ -269,7 +299,7 @@ def ipo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
     ``l = logps - ref_logps`` and ``n = lengths``, in tokens (``None``: 1, for log-probs that are averages already).
 
     Args, returns, raises: as :func:`group_loss` with ``name="ipo"``, whose options are ``beta``, ``mask``, ``pairs``,
-    ``lengths``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient.
+    ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient.
 
     Source: Azar et al. 2023 (arXiv 2310.12036), token-averaged as in Chen et al. 2024 (arXiv 2402.05369).
 
@@ -286,7 +316,7 @@ def kto_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
     ``l = logps - ref_logps`` and ``z = max(baseline, 0)``, in nats, detached.
 
     Args, returns, raises: as :func:`group_loss` with ``name="kto"``, whose options are ``beta``, ``mask``, ``desirable``,
-    ``baseline``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient.
+    ``baseline``, ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient.
 
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306), both lambdas 1.
 
@@ -295,3 +325,41 @@ def kto_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
         tensor(0.5000)
     """
     return group_loss("kto", logps, ref_logps, scores, **options)
+
+
+def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
+    r"""Plackett-Luce, the likelihood of the whole ranking: the mean of ``- (r_i - logsumexp of r_j over s_j <= s_i)``.
+
+    ``r = beta * (logps - ref_logps)``; the mean is over those responses that have another scored at or below them. Ties count
+    in each other's sum (Breslow); a prompt whose scores are all equal gives 0. At K = 2 it is :func:`dpo_loss`.
+
+    Args, returns, raises: as :func:`group_loss` with ``name="plackett_luce"``, whose options are ``beta``, ``mask``,
+    ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient. Without ``scores`` column 0 is
+    the chosen response, and the others are tied.
+
+    Source: Plackett 1975; Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
+
+    Example:
+        >>> plackett_luce_loss(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([[2, 1, 0]])).loss  # (log 3 + log 2) / 2
+        tensor(0.8959)
+    """
+    return group_loss("plackett_luce", logps, ref_logps, scores, **options)
+
+
+def biased_nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
+    r"""NCA whose noise is the other responses, by what their weights leave:
+
+    ``- sum_i [w_i log sigmoid(r_i) + (1 - w_i) / (K - 1) log sigmoid(-r_i)]``, with ``r = beta * (logps - ref_logps)``,
+    ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses. One response alone gives 0.
+
+    Args, returns, raises: as :func:`group_loss` with ``name="biased_nca"``, whose options are ``beta``, ``alpha``, ``mask``,
+    ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient,
+    ``beta * ((1 - w_i) / (K - 1) sigmoid(r_i) - w_i sigmoid(-r_i))``.
+
+    Source: "biasedNCA" in the code of Chen et al. 2024 (arXiv 2402.05369), which is K = 2 at ``alpha=0``.
+
+    Example:
+        >>> biased_nca_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).loss
+        tensor(1.3863)
+    """
+    return group_loss("biased_nca", logps, ref_logps, scores, **options)

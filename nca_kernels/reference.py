@@ -166,7 +166,7 @@ def info_nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, a
     absent = ~mask & mask.any(-1, keepdim=True)
     log_softmax = (beta * log_ratios).masked_fill(absent, -torch.inf).log_softmax(-1).masked_fill(absent, 0.0)
     w = response_weights(scores, alpha, mask)
-    return -(w * log_softmax).sum(-1)
+    return -_weighted(w, log_softmax).sum(-1)
 
 
 @_loss
@@ -177,17 +177,22 @@ def nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, alpha:
     """
     r = beta * log_ratios
     w = response_weights(scores, alpha, mask)
-    return -(w * F.logsigmoid(r)).sum(-1) - _mean(F.logsigmoid(-r), mask, -1)
+    return -_weighted(w, F.logsigmoid(r)).sum(-1) - _mean(F.logsigmoid(-r), mask, -1)
 
 
 @_loss
-def dpo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs: str) -> Tensor:
-    r"""The mean over pairs of ``- log sigmoid(r_i - r_j)``, ``r = beta * log_ratios``.
+def dpo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs: str, label_smoothing: float) -> Tensor:
+    r"""The mean over pairs of ``- (1 - e) log sigmoid(d) - e log sigmoid(-d)``, ``d = r_i - r_j``, ``r = beta * log_ratios``.
 
-    Rafailov et al. 2023 (arXiv 2305.18290); with K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
+    ``e`` is ``label_smoothing``, the share of pairs whose order is taken to be wrong. Rafailov et al. 2023 (arXiv 2305.18290);
+    e > 0 is their conservative DPO; with K > 2 as the baselines of Chen et al. 2024 (arXiv 2402.05369).
     """
     better = score_pairs(scores, mask, pairs)
-    return _mean(-F.logsigmoid(_margins(beta * log_ratios, better)), better, (1, 2))
+    margins = _margins(beta * log_ratios, better)
+    terms = -F.logsigmoid(margins)
+    if label_smoothing > 0:  # not 0 * inf, where the worse response is impossible
+        terms = (1 - label_smoothing) * terms - label_smoothing * F.logsigmoid(-margins)
+    return _mean(terms, better, (1, 2))
 
 
 @_loss
@@ -216,6 +221,42 @@ def kto(
     return _mean(torch.sigmoid(-gain), mask, -1)  # 1 - sigmoid(x) = sigmoid(-x), which does not cancel
 
 
+@_loss
+def plackett_luce(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    r"""The mean of ``log sum_j exp(r_j - r_i)`` over the responses i that have another scored at or below them.
+
+    j runs over the responses with ``s_j <= s_i``, i and its ties included (Breslow 1974); ``r = beta * log_ratios``. A prompt
+    whose scores are all equal states no preference and gives 0.
+    Plackett 1975, Luce 1959; for language models Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
+    """
+    r = beta * log_ratios
+    # Every response is among its own, so that no row is empty, not even a masked one's.
+    own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    others = (scores.unsqueeze(1) <= scores.unsqueeze(2)) & mask.unsqueeze(1) & mask.unsqueeze(2) & ~own
+    gaps = (r.unsqueeze(1) - r.unsqueeze(2)).masked_fill(~others, 0.0).masked_fill(~(others | own), -torch.inf)
+    preference = score_pairs(scores, mask, "all").any((1, 2)).unsqueeze(1)
+    return _mean(gaps.logsumexp(-1), others.any(-1) & preference, -1)
+
+
+@_loss
+def biased_nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, alpha: float) -> Tensor:
+    r"""``- sum_i [w_i log sigmoid(r_i) + (1 - w_i) / (K - 1) log sigmoid(-r_i)]``, ``r = beta * log_ratios``; 0 for K = 1.
+
+    The "biasedNCA" of the code of Chen et al. 2024 (arXiv 2402.05369), which is K = 2 at ``alpha = 0``.
+    """
+    r = beta * log_ratios
+    w = response_weights(scores, alpha, mask)
+    count = mask.sum(-1, keepdim=True)
+    terms = _weighted(w, F.logsigmoid(r)) + (1 - w) / (count - 1).clamp(min=1) * F.logsigmoid(-r)
+    return -terms.masked_fill(~mask | (count < 2), 0.0).sum(-1)
+
+
+def nll(logps: Tensor, scores: Tensor, mask: Tensor, *, alpha: float, lengths: Tensor) -> Tensor:
+    r"""``- sum_i w_i logps_i / lengths_i``: supervised fine-tuning on the responses by their weights, per token."""
+    w = response_weights(scores, alpha, mask)
+    return -_weighted(w, logps / lengths.masked_fill(~mask, 1).clamp(min=1)).sum(-1)
+
+
 def group_loss(
     name: str,
     logps: Tensor,  # [B, K]
@@ -229,21 +270,50 @@ def group_loss(
     lengths: Tensor | None = None,  # [B, K]
     desirable: Tensor | None = None,  # bool [B, K]
     baseline: Tensor | None = None,  # one element
+    label_smoothing: float = 0.0,
+    nll_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # [B], [B, K]
     r"""Each prompt's loss, and the implicit rewards ``r = beta * (logps - ref_logps)``, detached, 0 where masked.
 
-    Chen et al. 2024 (arXiv 2402.05369). A prompt with no valid response, or no pair where the loss wants pairs, has
-    loss 0 and gradient 0. Arguments that the loss does not take are not read.
+    ``nll_weight`` times :func:`nll` is added. Chen et al. 2024 (arXiv 2402.05369). A prompt with no valid response, or no pair
+    where the loss wants pairs, has loss 0 and gradient 0. A NaN among a prompt's valid inputs makes its loss and its valid
+    responses' gradients NaN, and no other's. Arguments that the loss does not take are not read.
     """
     mask = _all_valid(logps) if mask is None else mask
     log_ratios = (logps - ref_logps).masked_fill(~mask, 0.0)
-    given = {"alpha": alpha, "pairs": pairs, "lengths": lengths, "desirable": desirable, "baseline": baseline}
-    own = {argument: given[argument] for argument in LOSSES[name].takes}
-    return FUNCTIONS[name](log_ratios, scores, mask, beta=beta, **own), beta * log_ratios.detach()
+    takes = LOSSES[name].takes
+    given = {
+        "alpha": alpha,
+        "pairs": pairs,
+        "lengths": lengths,
+        "desirable": desirable,
+        "baseline": baseline,
+        "label_smoothing": label_smoothing,
+    }
+    own = {argument: given[argument] for argument in takes}
+    losses = FUNCTIONS[name](log_ratios, scores, mask, beta=beta, **own)
+    bad = log_ratios.isnan() | scores.isnan()
+    if nll_weight > 0:
+        assert lengths is not None, "the public functions refuse nll_weight without lengths"
+        alpha, own["lengths"] = alpha if "alpha" in takes else 0.0, lengths
+        losses = losses + nll_weight * nll(logps.masked_fill(~mask, 0.0), scores, mask, alpha=alpha, lengths=lengths)
+    for read in (own.get("lengths"), own.get("baseline")):
+        bad = bad if read is None else bad | read.isnan()
+    return losses + _nan_where((bad & mask).any(-1, keepdim=True), log_ratios).sum(-1), beta * log_ratios.detach()
+
+
+def _nan_where(bad: Tensor, log_ratios: Tensor) -> Tensor:
+    """0, and NaN with a NaN gradient where ``bad``: comparisons and masks of a loss may keep a NaN from the gradient."""
+    return torch.where(bad, log_ratios, 0.0) * torch.where(bad, torch.nan, 0.0).to(log_ratios.dtype)
 
 
 def _all_valid(like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool)
+
+
+def _weighted(w: Tensor, terms: Tensor) -> Tensor:
+    """``w * terms``, 0 where w is 0: a response without weight may be impossible, and 0 * inf is NaN."""
+    return w * terms.masked_fill(w == 0, 0.0)
 
 
 def _margins(x: Tensor, better: Tensor) -> Tensor:

@@ -152,6 +152,10 @@ LOGPS = torch.randn(2, 3)
         ("dpo", (LOGPS, LOGPS), {"pairs": LOGPS}, TypeError, "pairs: got Tensor, wanted one of 'best_vs_rest', 'all'"),
         ("nca", (LOGPS, LOGPS), {"reduction": LOGPS}, TypeError, "reduction: got Tensor, wanted one of 'mean', 'sum', 'none'"),
         ("nca", (LOGPS, LOGPS), {"beta": LOGPS}, TypeError, "beta: got Tensor, wanted a finite number > 0"),
+        ("dpo", (LOGPS, LOGPS), {"label_smoothing": 0.5}, ValueError, "label_smoothing: got 0.5, wanted a number in [0, 0.5)"),
+        ("dpo", (LOGPS, LOGPS), {"label_smoothing": -0.1}, ValueError, "label_smoothing: got -0.1, wanted a finite number >= 0"),
+        ("nca", (LOGPS, LOGPS), {"nll_weight": -1}, ValueError, "nll_weight: got -1, wanted a finite number >= 0"),
+        ("nca", (LOGPS, LOGPS), {"nll_weight": 0.1}, ValueError, "lengths: got None, wanted the number of tokens of each response"),
         ("nca", (LOGPS, LOGPS), {"alpha": 0.3}, ValueError, "alpha: got 0.3 without scores, wanted None"),
     ],
 )
@@ -160,7 +164,7 @@ def test_group_loss(name, arguments, options, error, message):
         nca_kernels.group_loss(name, *arguments, **options)
 
 
-UNUSED = {"alpha": 5.0, "pairs": "all", "lengths": LOGPS.abs(), "desirable": LOGPS > 0, "baseline": 0.5}
+UNUSED = {"alpha": 5.0, "pairs": "all", "lengths": LOGPS.abs(), "desirable": LOGPS > 0, "baseline": 0.5, "label_smoothing": 0.1}
 
 
 @pytest.mark.parametrize("argument", UNUSED)

@@ -25,7 +25,7 @@ TOKEN_LOGPS = [
     for softcap in ("plain", "softcap")
     for entropy in ("alone", "entropy")
 ]
-STEMS = {"token_logps": TOKEN_LOGPS, "group_loss": ["group_loss_fwd_kernel"]}
+STEMS = {"token_logps": TOKEN_LOGPS, "group_loss": ["group_loss_fwd_kernel", "sum_losses_kernel"]}
 # Atomics, whose order would change the last bits from run to run, and local memory.
 FORBIDDEN = {"ATOM", "ATOMG", "ATOMS", "RED", "REDG", "LDL", "STL"}
 # What uses a loaded logit: none of it may stand between the four loads, which are to be under way together.

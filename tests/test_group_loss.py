@@ -1,5 +1,6 @@
 """group_loss: losses, rewards and gradients against the reference in float64, on every backend."""
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from nca_kernels.backends import BACKENDS
 from nca_kernels.loss_table import LOSSES, PAIRS, REDUCTIONS
 
 TOL = 1e-6
-SHARED = ("beta", "mask", "reduction")  # what every loss takes
+SHARED = ("beta", "mask", "reduction", "nll_weight")  # what every loss takes
 
 
 def _batch(B, K, ragged, ties, seed=0):
@@ -33,7 +34,8 @@ def _batch(B, K, ragged, ties, seed=0):
 
 def taken(name, options):
     """Those of the options that the loss takes."""
-    return {key: value for key, value in options.items() if key in (*LOSSES[name].takes, *SHARED)}
+    own = (*LOSSES[name].takes, *SHARED, *(("lengths",) if options.get("nll_weight") else ()))
+    return {key: value for key, value in options.items() if key in own}
 
 
 def _run(name, logps, ref_logps, scores, backend, upstream, **options):
@@ -70,10 +72,13 @@ def test_against_the_reference(target, name, K, ties, ragged):
     for alpha in (0.0, 0.3, 1.0):
         _check(target, name, logps, ref_logps, scores, mask=mask, beta=0.1, alpha=alpha)
     _check(target, name, logps, ref_logps, scores, mask=mask, beta=0.7, reduction="mean")
+    _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, nll_weight=0.3, alpha=0.3)
     _check(target, name, logps, ref_logps, scores, mask=mask, reduction="sum")
     _check(target, name, logps, ref_logps, None, mask=mask)
     if name in ("dpo", "ipo"):
         _check(target, name, logps, ref_logps, scores, mask=mask, pairs="all")
+    if name == "dpo":
+        _check(target, name, logps, ref_logps, scores, mask=mask, pairs="all", label_smoothing=0.2)
     if name == "ipo":
         _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, pairs="all")
     if name == "kto":
@@ -108,12 +113,41 @@ def test_what_masked_entries_hold_does_not_matter(target, name):
     assert (dirty[1][~mask.to(to)] == 0).all() and (dirty[2][~mask.to(to)] == 0).all()
 
 
-def test_nan_lengths_show(target):
-    """A maximum with 1 would hide them."""
-    zeros = torch.zeros(2, 2, device=target.device)
-    lengths = torch.tensor([[math.nan, 2.0], [0.5, 2.0]], device=target.device)
-    losses, _ = nca_kernels.ipo_loss(zeros, zeros, lengths=lengths, reduction="none", backend=target.name)
-    assert losses[0].isnan() and losses[1] == 25
+NAN_INPUTS = ("logps", "ref_logps", "scores", "lengths", "baseline")
+
+
+@pytest.mark.parametrize("where", NAN_INPUTS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_nan_reaches_its_prompt_alone(target, name, where):
+    """Whatever comparisons and maxima a loss makes of it; the loss and the gradients of the other prompts stay as they are."""
+    logps, ref_logps, scores, mask, lengths, _ = _batch(6, 4, True, False, seed=5)
+    inputs = {"logps": logps, "ref_logps": ref_logps, "scores": scores, "lengths": lengths.float(), "baseline": torch.ones(1)}
+    mask[1] = torch.tensor([True, True, False, True])
+    options = {"mask": mask, "nll_weight": 0.1 if where == "lengths" else 0.0}
+
+    def run(inputs, **more):
+        given = taken(name, {**inputs, **options, **more})
+        tensors = {key: value.to(target.device) if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        three = (inputs[key].to(target.device) for key in ("logps", "ref_logps", "scores"))
+        upstream = torch.ones(6 if more["reduction"] == "none" else (), device=target.device)
+        loss, _, grad = _run(name, *three, target.name, upstream, **tensors)
+        return loss.cpu(), grad.cpu()
+
+    read = where not in ("lengths", "baseline") or where in taken(name, {**inputs, **options})
+    spoiled = {**inputs, where: inputs[where].clone()}
+    spoiled[where].view(-1)[0 if where == "baseline" else 7] = math.nan  # of prompt 1, its last response
+    bad = torch.zeros(6, dtype=torch.bool)
+    bad[1] = read
+    if read and where == "baseline":
+        bad = mask.any(1)
+    for pairs, reduction in itertools.product(PAIRS if "pairs" in LOSSES[name].takes else (None,), REDUCTIONS):
+        clean, got = (run(x, pairs=pairs, reduction=reduction) for x in (inputs, spoiled))
+        assert torch.equal(got[1].isnan(), bad[:, None] & mask)
+        assert torch.equal(got[1][~bad], clean[1][~bad])
+        if reduction == "none":
+            assert torch.equal(got[0].isnan(), bad) and torch.equal(got[0][~bad], clean[0][~bad])
+        else:
+            assert got[0].isnan() == bad.any()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -125,7 +159,7 @@ def test_extreme_scores_and_rewards(target, name):
     _check(target, name, logps, ref_logps, scores, alpha=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "plackett_luce"])
 def test_nothing_to_learn_from(target, name):
     """No pair: ties only, one response, none at all."""
     scores = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0], [0.0, 1.0, 2.0]], device=target.device)
@@ -176,6 +210,75 @@ def test_low_precision_log_probs_are_computed_in_float32(target):
     out.loss.backward()
     assert out.loss.dtype == out.rewards.dtype == torch.float32 and logps.grad.dtype == torch.bfloat16
     assert out.loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpo", "nca"])
+def test_label_smoothing_and_nll_by_their_definition(target, name):
+    """Through other calls of the same function: the pairs the other way round, and the gradient of the weighted averages."""
+    logps, ref_logps, scores, mask, lengths, _ = (x.to(target.device) for x in _batch(5, 4, True, True))
+    options = {"mask": mask, "reduction": "none", "backend": target.name}
+    plain = nca_kernels.group_loss(name, logps, ref_logps, scores, **options).loss
+    if name == "dpo":
+        smooth, around = (
+            nca_kernels.dpo_loss(logps, ref_logps, scores, pairs="all", label_smoothing=e, **options).loss for e in (0.3, 0.0)
+        )
+        flipped = nca_kernels.dpo_loss(logps, ref_logps, -scores, pairs="all", **options).loss
+        assert torch.allclose(smooth, 0.7 * around + 0.3 * flipped, rtol=1e-5, atol=1e-5)
+    more = nca_kernels.group_loss(name, logps, ref_logps, scores, lengths=lengths, nll_weight=0.5, **options).loss
+    w = reference.response_weights(scores, 1.0 if name == "nca" else 0.0, mask)
+    assert torch.allclose(more - plain, -0.5 * (w * logps / lengths.clamp(min=1)).sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_an_impossible_response_without_weight(target):
+    """Its log-prob of -inf meets a weight of 0, and 0 * inf must not show."""
+    logps = torch.tensor([[-1.0, -math.inf]], device=target.device)
+    ref_logps, scores = torch.full_like(logps, -2.0), torch.tensor([[1, 0]], device=target.device)
+    lengths = torch.full_like(logps, 4.0)
+    for name in ("info_nca", "nca", "biased_nca", "dpo", "plackett_luce"):
+        options = taken(name, {"alpha": 0.0, "nll_weight": 0.1, "lengths": lengths})
+        assert nca_kernels.group_loss(name, logps, ref_logps, scores, backend=target.name, **options).loss.isfinite(), name
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_order_of_the_responses_does_not_matter(target, name):
+    logps, ref_logps, scores, mask, lengths, desirable = (x.to(target.device) for x in _batch(6, 5, True, True))
+    order = torch.tensor([3, 0, 4, 1, 2], device=target.device)
+    columns = {"mask": mask, "lengths": lengths, "desirable": desirable}
+    one = torch.ones(6, device=target.device)
+    results = []
+    for turn in (slice(None), order):
+        options = taken(name, {**{key: x[:, turn] for key, x in columns.items()}, "pairs": "all", "reduction": "none"})
+        results.append(_run(name, logps[:, turn], ref_logps[:, turn], scores[:, turn], target.name, one, **options))
+    (loss, rewards, grad), (turned, turned_rewards, turned_grad) = results
+    assert torch.allclose(turned, loss, rtol=1e-6, atol=1e-6) and torch.equal(turned_rewards, rewards[:, order])
+    assert torch.allclose(turned_grad, grad[:, order], rtol=1e-5, atol=1e-7)
+
+
+def test_plackett_luce_and_biased_nca_of_two(target):
+    """Without ties the former is DPO; at alpha 0 the latter is -log sigmoid(r_w) - log sigmoid(-r_l). One response: 0."""
+    logps, ref_logps, scores, *_ = (None if x is None else x.to(target.device) for x in _batch(50, 2, False, False))
+    options = {"reduction": "none", "backend": target.name}
+    ours = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, **options).loss
+    assert torch.allclose(ours, nca_kernels.dpo_loss(logps, ref_logps, scores, **options).loss, rtol=1e-6, atol=1e-6)
+    r = 0.1 * (logps - ref_logps)
+    best, worst = (r.gather(1, at.unsqueeze(1)).squeeze(1) for at in (scores.argmax(1), scores.argmin(1)))
+    ours = nca_kernels.biased_nca_loss(logps, ref_logps, scores, alpha=0.0, **options).loss
+    assert torch.allclose(ours, -F.logsigmoid(best) - F.logsigmoid(-worst), rtol=1e-6, atol=1e-6)
+    ties = torch.ones_like(scores)
+    assert (nca_kernels.plackett_luce_loss(logps, ref_logps, ties, **options).loss == 0).all()
+    for function in (nca_kernels.plackett_luce_loss, nca_kernels.biased_nca_loss):
+        assert (function(logps[:, :1], ref_logps[:, :1], scores[:, :1], **options).loss == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_batch_that_takes_several_blocks(target, reduction):
+    """Their sum is the sum of the losses one by one."""
+    B, K = (36, 31) if target.interpreted else (1100, 6)
+    logps, ref_logps, scores, mask, *_ = (x.to(target.device) for x in _batch(B, K, True, True))
+    options = {"mask": mask, "backend": target.name}
+    each = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, reduction="none", **options).loss.double()
+    total = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, reduction=reduction, **options).loss
+    assert total.item() == pytest.approx(getattr(each, reduction)().item(), rel=1e-6)
 
 
 def test_two_responses_and_alpha_zero(target):

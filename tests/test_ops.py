@@ -41,7 +41,7 @@ def test_opcheck_group_loss(kernels):
     for reduction in ("mean", "none"):
         torch.library.opcheck(
             OPS.group_loss,
-            (logps, ref_logps, scores, None, None, None, None, "nca", 0.1, 1.0, "all", reduction, kernels.name),
+            (logps, ref_logps, scores, None, None, None, None, "nca", 0.1, 1.0, "all", 0.0, 0.0, reduction, kernels.name),
         )
 
 

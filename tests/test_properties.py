@@ -70,6 +70,8 @@ def group_cases(draw):
         "alpha": draw(st.sampled_from([0.0, 0.05, 1.0])),
         "pairs": draw(st.sampled_from(["best_vs_rest", "all"])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
+        "nll_weight": draw(st.sampled_from([0.0, 0.5])),
         "mask": torch.rand(B, K, generator=generator) < draw(st.sampled_from([0.0, 0.6, 1.0])),
         "lengths": torch.randint(1, 40, (B, K), generator=generator),
         "desirable": torch.rand(B, K, generator=generator) < 0.5,

@@ -201,6 +201,10 @@ BY_HAND = [
     ("ipo", "best_vs_rest", 0.4114117639555855),
     # 1/3 ((1 - 2/3) + (1 - sigmoid(-0)) + (1 - sigmoid(ln 2))) = 1/3 (1/3 + 1/2 + 1/3)
     ("kto", "best_vs_rest", 0.3888888888888889),
+    # 1/2 (-ln(4/7) - ln(2/3)): the best of all three, the second of the last two
+    ("plackett_luce", "best_vs_rest", 0.48254044801929367),
+    # -ln(2/3) - 1/2 (ln(1/2) + ln(2/3))
+    ("biased_nca", "best_vs_rest", 0.9547712524422021),
 ]
 
 
@@ -272,8 +276,12 @@ def ragged(name, seed=0):
     scores = randn(B, K, seed=seed + 2)
     scores[4] = torch.tensor([1.5, 1.5, 9.0, 0.5], dtype=F64)
     options = {"ref_logps": randn(B, K, seed=seed + 1), "beta": 0.4, "alpha": 0.7, "mask": RAGGED}
-    if name == "ipo":
+    if name in ("ipo", "nca", "kto"):
         options["lengths"] = (4 * randn(B, K, seed=seed + 4)).abs().floor()  # some are 0
+    if name in ("nca", "kto"):  # with and without weights by alpha
+        options["nll_weight"] = 0.3
+    if name == "dpo":
+        options["label_smoothing"] = 0.2
     if name == "kto":
         options["desirable"] = randn(B, K, seed=seed + 3) > 0
         options["baseline"] = torch.tensor([0.2], dtype=F64)
@@ -289,7 +297,10 @@ def mean(values):
     return sum(values) / max(len(values), 1)
 
 
-def loop_loss(name, logps, scores, *, ref_logps, beta, alpha, mask, pairs, lengths=None, desirable=None, baseline=None):
+def loop_loss(
+    name, logps, scores, *, ref_logps, beta, alpha, mask, pairs,
+    lengths=None, desirable=None, baseline=None, label_smoothing=0.0, nll_weight=0.0,
+):  # fmt: skip
     losses = []
     for b in range(len(logps)):
         valid = [i for i in range(logps.shape[1]) if mask[b, i]]
@@ -304,14 +315,28 @@ def loop_loss(name, logps, scores, *, ref_logps, beta, alpha, mask, pairs, lengt
         elif name == "nca":
             losses.append(-sum(w[i] * math.log(sigmoid(r[i])) + math.log(sigmoid(-r[i])) / len(valid) for i in valid))
         elif name == "dpo":
-            losses.append(mean(-math.log(sigmoid(r[i] - r[j])) for i, j in better))
+            e = label_smoothing
+            losses.append(mean(-(1 - e) * math.log(sigmoid(r[i] - r[j])) - e * math.log(sigmoid(r[j] - r[i])) for i, j in better))
         elif name == "ipo":
             average = {i: ratio[i] / max(lengths[b, i].item(), 1) for i in valid}
             losses.append(mean((average[i] - average[j] - 1 / (2 * beta)) ** 2 for i, j in better))
-        else:
+        elif name == "kto":
             z = max(baseline.item(), 0)
             signs = {i: 1 if desirable[b, i] else -1 for i in valid}
             losses.append(mean(1 - sigmoid(signs[i] * beta * (ratio[i] - z)) for i in valid))
+        elif name == "plackett_luce":
+            below = {i: [j for j in valid if s[j] <= s[i]] for i in valid}
+            chosen = [i for i in valid if len(below[i]) > 1 and len(set(s.values())) > 1]
+            losses.append(mean(-math.log(math.exp(r[i]) / sum(math.exp(r[j]) for j in below[i])) for i in chosen))
+        else:
+            assert name == "biased_nca"
+            noise = {i: (1 - w[i]) / max(len(valid) - 1, 1) for i in valid}
+            terms = [w[i] * math.log(sigmoid(r[i])) + noise[i] * math.log(sigmoid(-r[i])) for i in valid]
+            losses.append(-sum(terms) if len(valid) > 1 else 0)
+        if nll_weight:
+            best = [i for i in valid if s[i] == max(s.values())]
+            share = w if name in ("info_nca", "nca", "biased_nca") else {i: (i in best) / len(best) for i in valid}
+            losses[-1] -= nll_weight * sum(share[i] * logps[b, i].item() / max(lengths[b, i].item(), 1) for i in valid)
     return torch.tensor(losses, dtype=F64)
 
 
@@ -324,6 +349,15 @@ def test_against_plain_loops(name, pairs):
             loss_of(name, logps, scores, pairs=pairs, **options),
             loop_loss(name, logps, scores, pairs=pairs, **options),
         )
+
+
+def test_ties_of_plackett_luce():
+    """Two at the bottom: the best against all three, each of the two against both. All equal: no preference."""
+    r = matrix([math.log(4), 0.0, LN2], [1.0, 2.0, 3.0])
+    losses = loss_of("plackett_luce", r, matrix([1.0, 0.0, 0.0], [5.0, 5.0, 5.0]))
+    want = (math.log(7 / 4) + math.log(3) + math.log(3 / 2)) / 3
+    torch.testing.assert_close(losses, torch.tensor([want, 0.0], dtype=F64))
+    assert grad_of("plackett_luce", r, matrix([1.0, 0.0, 0.0], [5.0, 5.0, 5.0]))[1].count_nonzero() == 0
 
 
 def test_kto_baseline_is_clamped_and_detached():
@@ -358,6 +392,12 @@ def test_closed_form_derivatives():
     torch.testing.assert_close(grad_of("info_nca", r, scores, alpha=alpha), torch.softmax(r, -1) - w)
     want = -w * torch.sigmoid(-r) + torch.sigmoid(r) / 4
     torch.testing.assert_close(grad_of("nca", r, scores, alpha=alpha), want)
+    want = -w * torch.sigmoid(-r) + (1 - w) / 3 * torch.sigmoid(r)
+    torch.testing.assert_close(grad_of("biased_nca", r, scores, alpha=alpha), want)
+    at_or_below = scores.unsqueeze(1) <= scores.unsqueeze(2)  # [B, i, j]
+    shares = torch.where(at_or_below, r.exp().unsqueeze(1), 0.0)  # of j among those that i is chosen from
+    shares = shares / shares.sum(2, keepdim=True)
+    torch.testing.assert_close(grad_of("plackett_luce", r, scores), (shares.sum(1) - 1) / 3)
 
 
 @pytest.mark.parametrize("pairs", ["best_vs_rest", "all"])

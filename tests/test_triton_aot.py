@@ -27,7 +27,7 @@ VOCABULARIES = (32000, 128256)
 LONG = VOCABULARIES[-1]
 DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}
 POINTERS = {"labels": "*i64", "mask": "*i1", "desirable": "*i1"}  # the others are float32, or of the logits' dtype
-FLOATS = ("inner", "softcap", "beta", "alpha", "factor")
+FLOATS = ("inner", "softcap", "beta", "alpha", "label_smoothing", "nll_weight", "factor")
 STRIDES = ("stride_n", "stride_t", "dstride_n", "dstride_t")
 REGISTERS = 65536  # of a multiprocessor, on every one of these GPUs
 
@@ -53,10 +53,11 @@ def _group_loss_cases(names):
 
     # A ragged batch with everything, and a full one with nothing.
     absent = dict.fromkeys(("mask", "lengths", "desirable", "baseline"))
-    for name, K in [(name, 4) for name in names] + [("dpo", 64)]:
-        launch = {**group_loss._launch(K), "LOSS": name}
-        yield "group_loss_fwd", "float32", {**launch, "PAIRS": "best_vs_rest", "REDUCED": True}
-        yield "group_loss_fwd", "float32", {**launch, **absent, "PAIRS": "all", "REDUCED": False}
+    for name, K in [(name, K) for name in names for K in ((4, 64) if name in group_loss._COMPARING else (4,))]:
+        launch = {**group_loss._launch(name, K), "LOSS": name}
+        yield "group_loss_fwd", "float32", {**launch, "PAIRS": "best_vs_rest", "HAS_NLL": True, "TOTAL": True}
+        yield "group_loss_fwd", "float32", {**launch, **absent, "PAIRS": "all", "HAS_NLL": False, "TOTAL": False}
+    yield "group_loss_sum", "float32", {"BLOCK": 1024, "num_warps": group_loss._NUM_WARPS}
 
 
 def _cases(capability):
@@ -67,7 +68,7 @@ def _cases(capability):
             yield from _fwd_cases(dtype, V, softcap)
         for dtype in DTYPES if main else ("bfloat16",):
             yield from _bwd_cases(dtype, LONG, softcap, *([("dlse",), ("dentropy",)] if main else []))
-    yield from _group_loss_cases(LOSSES if main else ("nca", "dpo"))
+    yield from _group_loss_cases(LOSSES if main else ("nca", "plackett_luce"))
 
 
 def _compile(case):
@@ -190,7 +191,7 @@ def test_no_value_and_no_address_asks_for_a_recompile(compiled):
 def test_two_programs_fit_a_multiprocessor(compiled):
     for kernel in compiled:
         # With a softcap arithmetic, not memory, is the limit of 16-bit logits.
-        if kernel["name"] != "group_loss_fwd" and not kernel["launch"]["HAS_SOFTCAP"]:
+        if not kernel["name"].startswith("group_loss") and not kernel["launch"]["HAS_SOFTCAP"]:
             registers = -(-kernel["reg"] // 8) * 8  # allotted by eights
             assert 2 * registers * 32 * kernel["launch"]["num_warps"] <= REGISTERS, kernel
 

@@ -202,6 +202,9 @@ class NativeBackend:
         q = arguments
         B, K = q.logps.shape
         threads, device, stream = self._launch(q.logps)
+        losses = loss if q.reduction == "none" else None
+        if losses is None and self.NAME == "cuda" and q.wants_several_blocks():
+            losses = q.logps.new_empty(B)
         self._module.group_loss_fwd(
             name=self._losses[q.name],
             pairs=self._pairs[q.pairs],
@@ -217,7 +220,10 @@ class NativeBackend:
             baseline=_address(q.baseline),
             beta=q.beta,
             alpha=q.alpha,
+            label_smoothing=q.label_smoothing,
+            nll_weight=q.nll_weight,
             loss=loss.data_ptr(),
+            losses=_address(losses),
             rewards=rewards.data_ptr(),
             dlogps=dlogps.data_ptr(),
             threads=threads,

@@ -109,7 +109,7 @@ def test_logits_and_dlogits_of_any_alignment(dtype, V):
         assert torch.isnan(out_store).all()
 
 
-@pytest.mark.parametrize("B", [511, 512, 513, 1500])  # a block has 512 threads
+@pytest.mark.parametrize("B", [127, 128, 129, 1500, 2500])  # a block of 512 threads takes 128 prompts; 2500 take several
 def test_more_prompts_than_a_block_has_threads(B):
     torch.manual_seed(B)
     logps, ref_logps, scores = torch.randn(3, B, 4)
@@ -118,9 +118,10 @@ def test_more_prompts_than_a_block_has_threads(B):
         losses[reduction] = torch.empty(B if reduction == "none" else 1)
         grads[reduction] = torch.empty(B, 4)
         arguments = GroupLossArguments(
-            logps, ref_logps, scores, None, None, None, None,
-            name="nca", beta=0.3, alpha=0.7, pairs="all", reduction=reduction, backend="cuda",
+            logps, ref_logps, scores, None, None, None, None, name="nca", beta=0.3, alpha=0.7, pairs="all",
+            label_smoothing=0.0, nll_weight=0.0, reduction=reduction, backend="cuda",
         )  # fmt: skip
+        assert arguments.wants_several_blocks() == (B * 4 * 4 > 2**15)
         cuda.group_loss_fwd(arguments, losses[reduction], torch.empty(B, 4), grads[reduction])
     assert (losses["none"] > 0).all()
     total = losses["none"].double().sum()

@@ -1,12 +1,16 @@
 """The K-way losses: loss, implicit rewards and dloss/dlogps of every prompt in one launch.
 
 A group is small (B = 64, K = 4), so the launch is the cost, not the arithmetic. One program takes all prompts, in tiles
-[BLOCK_B, BLOCK_K], and adds up their losses in a fixed order: no second launch, no atomics.
+[BLOCK_B, BLOCK_K], and adds up their losses in a fixed order: no second launch, no atomics. Larger batches go to several
+programs, whose losses a second launch adds up (:meth:`~nca_kernels.loss_table.GroupLossArguments.wants_several_blocks`).
+
+What compares responses with each other takes tiles [BLOCK_B, BLOCK_K, BLOCK_J]: all responses against some of them, which
+are loaded once more in that shape, so that the pairs lie side by side in the threads and K has no bound.
 
 In the names below l = logps - ref_logps, r = beta * l, s = scores (-inf where not valid); every loss gives its values
-[BLOCK_B] and its derivatives dr or dl [BLOCK_B, BLOCK_K], 0 where not valid. Entries that are not valid are never
-loaded, so they cannot matter. Sources: InfoNCA and NCA, Chen et al. 2024 (arXiv 2402.05369); DPO, Rafailov et al. 2023
-(arXiv 2305.18290); IPO, Azar et al. 2023 (arXiv 2310.12036); KTO, Ethayarajh et al. 2024 (arXiv 2402.01306).
+[BLOCK_B] and its derivatives dr or dl [BLOCK_B, BLOCK_K]. Entries that are not valid are never loaded, so they cannot matter.
+Sources: InfoNCA, NCA and biased NCA, Chen et al. 2024 (arXiv 2402.05369); DPO, Rafailov et al. 2023 (arXiv 2305.18290); IPO,
+Azar et al. 2023 (arXiv 2310.12036); KTO, Ethayarajh et al. 2024 (arXiv 2402.01306); Plackett-Luce, docs/math.md.
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ import triton.language as tl
 
 from ...loss_table import GroupLossArguments
 
-_TILE = 512  # four elements for each thread of the program's four warps
+_TILE = 512  # elements of a tile [BLOCK_B, BLOCK_K]: four for each thread of the program's four warps
+_CUBE = 2048  # of a tile [BLOCK_B, BLOCK_K, BLOCK_J]
 _NUM_WARPS = 4
+_COMPARING = ("dpo", "ipo", "plackett_luce")  # the losses with such tiles
 
 # One compiled kernel serves every shape: no integer's value and no address enters the compile key.
 _SCALARS = ["B", "K"]
 _POINTERS = [
-    "logps", "ref_logps", "scores", "mask", "lengths", "desirable", "baseline", "loss", "rewards", "dlogps",
+    "logps", "ref_logps", "scores", "mask", "lengths", "desirable", "baseline", "loss", "rewards", "dlogps", "losses",
 ]  # fmt: skip
 
 
@@ -46,11 +52,34 @@ def _log_sigmoid(x):
 
 
 @triton.jit
+def _responses(logps, ref_logps, scores, mask, lengths, rows, cols, B, K):
+    """Which responses are valid, their log-probs, log-ratios, scores (-inf where not valid) and lengths (at least 1)."""
+    at = rows.to(tl.int64) * K + cols
+    valid = (rows < B) & (cols < K)
+    if mask is not None:
+        valid = valid & (tl.load(mask + at, mask=valid, other=0) != 0)
+    logp = tl.load(logps + at, mask=valid, other=0.0)
+    l = logp - tl.load(ref_logps + at, mask=valid, other=0.0)  # noqa: E741
+    s = tl.load(scores + at, mask=valid, other=float("-inf"))
+    n = tl.where(valid, 1.0, 1.0)
+    if lengths is not None:
+        n = tl.load(lengths + at, mask=valid, other=1.0)
+        n = tl.where(n < 1.0, 1.0, n)  # not tl.maximum, which would hide NaN
+    return valid, logp, l, s, n
+
+
+@triton.jit
 def _weights(s, best, valid, alpha):
     """w = softmax(s / alpha). The difference comes first (s / alpha may be 1e7); alpha = 0 sends all gaps to -inf."""
     odds = tl.where(valid, tl.exp(tl.where(s == best, 0.0, (s - best) / alpha)), 0.0)
     total = tl.sum(odds, axis=1)[:, None]
     return odds / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def _weighted(w, term):
+    """w * term; 0 where w is: a response without weight may be impossible, and 0 * inf is NaN."""
+    return tl.where(w > 0.0, w * term, 0.0)
 
 
 @triton.jit
@@ -60,22 +89,23 @@ def _info_nca(r, w, valid):
     odds = tl.where(valid, tl.exp(gaps), 0.0)
     total = tl.sum(odds, axis=1)[:, None]
     total = tl.where(total == 0.0, 1.0, total)
-    return tl.sum(w * (tl.log(total) - gaps), axis=1), odds / total - w
+    return tl.sum(_weighted(w, tl.log(total) - gaps), axis=1), odds / total - w
 
 
 @triton.jit
-def _nca(r, w, valid, count):
-    terms = w * _log_sigmoid(r) + _log_sigmoid(-r) / count
-    dr = _sigmoid(r) / count - w * _sigmoid(-r)
-    return -tl.sum(tl.where(valid, terms, 0.0), axis=1), tl.where(valid, dr, 0.0)
+def _nca(r, w, noise):
+    """``noise``: the weights of log sigmoid(-r)."""
+    terms = _weighted(w, _log_sigmoid(r)) + _weighted(noise, _log_sigmoid(-r))
+    return -tl.sum(terms, axis=1), noise * _sigmoid(r) - w * _sigmoid(-r)
 
 
 @triton.jit
-def _pair_term(margin, beta, LOSS: tl.constexpr):
+def _pair_term(margin, beta, label_smoothing, LOSS: tl.constexpr):
     """A pair's loss and its derivative."""
     if LOSS == "dpo":
-        term = -_log_sigmoid(margin)
-        slope = -_sigmoid(-margin)
+        flipped = tl.where(label_smoothing > 0.0, label_smoothing * _log_sigmoid(-margin), 0.0)  # not 0 * inf
+        term = -(1.0 - label_smoothing) * _log_sigmoid(margin) - flipped
+        slope = label_smoothing * _sigmoid(margin) - (1.0 - label_smoothing) * _sigmoid(-margin)
     else:
         term = (margin - 0.5 / beta) * (margin - 0.5 / beta)
         slope = 2.0 * (margin - 0.5 / beta)
@@ -83,27 +113,79 @@ def _pair_term(margin, beta, LOSS: tl.constexpr):
 
 
 @triton.jit
-def _pairwise(x, s, best, valid, cols, K, beta, LOSS: tl.constexpr, PAIRS: tl.constexpr):
-    """The mean over pairs of a loss of x_i - x_j. Against one column j at a time: no [K, K] tile, so K has no bound."""
+def _compared(l, n, beta, LOSS: tl.constexpr):  # noqa: E741
+    """What the pairwise losses compare."""
+    return l / n if LOSS == "ipo" else beta * l
+
+
+@triton.jit
+def _pairwise(
+    l, s, n, best, valid, logps, ref_logps, scores, mask, lengths, rows, cols, B, K, beta, label_smoothing,  # noqa: E741
+    LOSS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The mean over pairs of a loss of x_i - x_j; each response gathers its derivative as the better and as the worse one."""
+    x = _compared(l, n, beta, LOSS)
     value = tl.zeros_like(x)
     dx = tl.zeros_like(x)
     pairs = tl.zeros_like(x)
-    for j in range(K):
-        x_j = tl.sum(tl.where(cols == j, x, 0.0), axis=1)[:, None]
-        s_j = tl.sum(tl.where(cols == j, s, 0.0), axis=1)[:, None]
-        # s is -inf where not valid, which is better than nothing; the other side is looked at.
-        better = (s > s_j) & (tl.sum(tl.where((cols == j) & valid, 1.0, 0.0), axis=1)[:, None] > 0.0)
-        worse = (s < s_j) & valid
+    for start in range(0, K, BLOCK_J):
+        cols_j = start + tl.arange(0, BLOCK_J)[None, :]
+        valid_j, _, l_j, s_j, n_j = _responses(logps, ref_logps, scores, mask, lengths, rows, cols_j, B, K)
+        s_i, s_j = s[:, :, None], s_j[:, None, :]
+        both = valid[:, :, None] & valid_j[:, None, :]
+        better = both & (s_i > s_j)
+        worse = both & (s_i < s_j)
         if PAIRS == "best_vs_rest":
-            better = better & (s == best)
-            worse = worse & (s_j == best)
-        term, slope = _pair_term(x - x_j, beta, LOSS)
-        _, slope_of_worse = _pair_term(x_j - x, beta, LOSS)
-        value += tl.where(better, term, 0.0)
-        pairs += tl.where(better, 1.0, 0.0)
-        dx += tl.where(better, slope, 0.0) - tl.where(worse, slope_of_worse, 0.0)
+            better = better & (s_i == best[:, :, None])
+            worse = worse & (s_j == best[:, :, None])
+        margin = x[:, :, None] - _compared(l_j, n_j, beta, LOSS)[:, None, :]
+        term, slope = _pair_term(tl.where(better, margin, -margin), beta, label_smoothing, LOSS)
+        value += tl.sum(tl.where(better, term, 0.0), axis=2)
+        pairs += tl.sum(tl.where(better, 1.0, 0.0), axis=2)
+        dx += tl.sum(tl.where(better, slope, 0.0) - tl.where(worse, slope, 0.0), axis=2)
     count = tl.maximum(tl.sum(pairs, axis=1), 1.0)
-    return tl.sum(value, axis=1) / count, dx / count[:, None]
+    dx = dx / count[:, None]
+    return tl.sum(value, axis=1) / count, dx / n if LOSS == "ipo" else beta * dx
+
+
+@triton.jit
+def _gaps(r, s, valid, logps, ref_logps, scores, mask, rows, cols, cols_j, B, K, beta):
+    """``r_j - r_i`` and whether j is another response scored at or below i."""
+    valid_j, _, l_j, s_j, _ = _responses(logps, ref_logps, scores, mask, None, rows, cols_j, B, K)
+    others = valid[:, :, None] & valid_j[:, None, :] & (s_j[:, None, :] <= s[:, :, None])
+    others = others & (cols[:, :, None] != cols_j[:, None, :])
+    return tl.where(others, beta * l_j[:, None, :] - r[:, :, None], 0.0), others
+
+
+@triton.jit
+def _plackett_luce(r, s, best, valid, logps, ref_logps, scores, mask, rows, cols, B, K, beta, BLOCK_J: tl.constexpr):
+    """With D_i = log sum_j exp(r_j - r_i), the mean of D; dr_k = (sum of exp(r_k - r_i - D_i) over s_i >= s_k, less 1) / n.
+
+    A response with none at or below it has D = 0 and adds nothing to either, so it is left out of n alone.
+    """
+    top = tl.zeros_like(r)  # r_i itself is among the r_j
+    rest = tl.zeros_like(r)
+    count = tl.zeros_like(r)
+    for start in range(0, K, BLOCK_J):
+        cols_j = start + tl.arange(0, BLOCK_J)[None, :]
+        gaps, others = _gaps(r, s, valid, logps, ref_logps, scores, mask, rows, cols, cols_j, B, K, beta)
+        top = tl.maximum(top, tl.max(gaps, axis=2))
+        count += tl.sum(tl.where(others, 1.0, 0.0), axis=2)
+    for start in range(0, K, BLOCK_J):
+        cols_j = start + tl.arange(0, BLOCK_J)[None, :]
+        gaps, others = _gaps(r, s, valid, logps, ref_logps, scores, mask, rows, cols, cols_j, B, K, beta)
+        rest += tl.sum(tl.where(others, tl.exp(gaps - top[:, :, None]), 0.0), axis=2)
+    D = tl.where(top > 0.0, top + tl.log(rest + tl.exp(-top)), _log1p(rest))
+    dr = tl.exp(-D) - 1.0
+    for start in range(0, K, BLOCK_J):
+        cols_j = start + tl.arange(0, BLOCK_J)[None, :]
+        gaps, others = _gaps(r, s, valid, logps, ref_logps, scores, mask, rows, cols, cols_j, B, K, beta)
+        dr_j = tl.sum(tl.where(others, tl.exp(gaps - D[:, :, None]), 0.0), axis=1)
+        dr += tl.sum(tl.where(cols[:, :, None] == cols_j[:, None, :], dr_j[:, None, :], 0.0), axis=2)
+    n = tl.maximum(tl.sum(tl.where(count > 0.0, 1.0, 0.0), axis=1), 1.0)
+    differ = tl.sum(tl.where(valid & (s < best), 1.0, 0.0), axis=1) > 0.0  # scores all equal state no preference
+    learns = tl.where(differ, 1.0 / n, 0.0)
+    return tl.sum(tl.where(valid, D, 0.0), axis=1) * learns, dr * learns[:, None]
 
 
 @triton.jit
@@ -111,8 +193,7 @@ def _kto(l, z, desirable, valid, beta, count):  # noqa: E741
     sign = tl.where(desirable, beta, -beta)
     gain = sign * (l - z)
     unlikely = _sigmoid(-gain)  # 1 - sigmoid(gain), without the cancellation
-    dl = -sign * _sigmoid(gain) * unlikely / count
-    return tl.sum(tl.where(valid, unlikely / count, 0.0), axis=1), tl.where(valid, dl, 0.0)
+    return tl.sum(tl.where(valid, unlikely / count, 0.0), axis=1), -sign * _sigmoid(gain) * unlikely / count
 
 
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_POINTERS)
@@ -124,31 +205,32 @@ def _group_loss_fwd_kernel(
     lengths,  # [B, K] or None
     desirable,  # [B, K] or None
     baseline,  # [1] or None
-    loss,  # [1], or [B] for reduction "none"
+    loss,  # [1], or [B], each prompt's own, unless TOTAL
     rewards,  # [B, K]
     dlogps,  # [B, K]
     B,
     K,
     beta,
     alpha,
+    label_smoothing,
+    nll_weight,
     factor,  # the reduction's
     LOSS: tl.constexpr,
     PAIRS: tl.constexpr,
-    REDUCED: tl.constexpr,
+    HAS_NLL: tl.constexpr,
+    TOTAL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_B], tl.float32)
-    for start in range(0, B, BLOCK_B):
-        rows = start + tl.arange(0, BLOCK_B)
-        at = rows.to(tl.int64)[:, None] * K + cols
-        inside = (rows[:, None] < B) & (cols < K)
-        valid = inside
-        if mask is not None:
-            valid = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-        l = tl.load(logps + at, mask=valid, other=0.0) - tl.load(ref_logps + at, mask=valid, other=0.0)  # noqa: E741
-        s = tl.load(scores + at, mask=valid, other=float("-inf"))
+    z = 0.0
+    if baseline is not None:
+        z = tl.load(baseline)
+    for start in range(tl.program_id(0) * BLOCK_B, B, tl.num_programs(0) * BLOCK_B):
+        rows = (start + tl.arange(0, BLOCK_B))[:, None]
+        valid, logp, l, s, n = _responses(logps, ref_logps, scores, mask, lengths, rows, cols, B, K)  # noqa: E741
         r = beta * l
         best = tl.max(s, axis=1)[:, None]
         count = tl.maximum(tl.sum(tl.where(valid, 1.0, 0.0), axis=1), 1.0)[:, None]
@@ -157,45 +239,73 @@ def _group_loss_fwd_kernel(
             value, dr = _info_nca(r, _weights(s, best, valid, alpha), valid)
             dl = beta * dr
         elif LOSS == "nca":
-            value, dr = _nca(r, _weights(s, best, valid, alpha), valid, count)
+            value, dr = _nca(r, _weights(s, best, valid, alpha), tl.where(valid, 1.0 / count, 0.0))
             dl = beta * dr
-        elif LOSS == "dpo":
-            value, dr = _pairwise(r, s, best, valid, cols, K, beta, LOSS, PAIRS)
+        elif LOSS == "biased_nca":
+            w = tl.where(count > 1.0, _weights(s, best, valid, alpha), 0.0)  # one response alone is no choice
+            noise = tl.where(valid & (count > 1.0), (1.0 - w) / tl.maximum(count - 1.0, 1.0), 0.0)
+            value, dr = _nca(r, w, noise)
             dl = beta * dr
-        elif LOSS == "ipo":
-            per_token = tl.full([BLOCK_B, BLOCK_K], 1.0, tl.float32)
-            if lengths is not None:
-                # Here and below not tl.maximum, which would hide NaN.
-                n = tl.load(lengths + at, mask=valid, other=1.0)
-                per_token = 1.0 / tl.where(n < 1.0, 1.0, n)
-            value, dx = _pairwise(l * per_token, s, best, valid, cols, K, beta, LOSS, PAIRS)
-            dl = dx * per_token
-        else:
-            z = 0.0
-            if baseline is not None:
-                z = tl.load(baseline)
-                z = tl.where(z < 0.0, 0.0, z)
+        elif LOSS == "plackett_luce":
+            value, dr = _plackett_luce(
+                r, s, best, valid, logps, ref_logps, scores, mask, rows, cols, B, K, beta, BLOCK_J
+            )  # fmt: skip
+            dl = beta * dr
+        elif LOSS == "kto":
             good = s == best
             if desirable is not None:
-                good = tl.load(desirable + at, mask=valid, other=0) != 0
-            value, dl = _kto(l, z, good, valid, beta, count)
+                good = tl.load(desirable + rows.to(tl.int64) * K + cols, mask=valid, other=0) != 0
+            value, dl = _kto(l, tl.where(z < 0.0, 0.0, z), good, valid, beta, count)
+        else:
+            tl.static_assert(LOSS == "dpo" or LOSS == "ipo", "a loss without a branch here")
+            value, dl = _pairwise(
+                l, s, n, best, valid, logps, ref_logps, scores, mask, lengths, rows, cols, B, K, beta, label_smoothing,
+                LOSS, PAIRS, BLOCK_J,
+            )  # fmt: skip
 
+        if HAS_NLL:
+            w = _weights(s, best, valid, alpha)
+            value -= nll_weight * tl.sum(_weighted(w, logp / n), axis=1)
+            dl -= nll_weight * w / n
+        # A NaN among the valid inputs: comparisons may keep it from the results, so it is put there.
+        unknown = valid & ((l != l) | (s != s) | (n != n))
+        if baseline is not None:
+            baselines = tl.where(valid, z, 0.0)
+            unknown = unknown | (baselines != baselines)
+        unknown = tl.max(tl.where(unknown, 1, 0), axis=1) > 0
+        value = tl.where(unknown, float("nan"), value)
+        dl = tl.where(valid, tl.where(unknown[:, None], float("nan"), dl), 0.0)
+
+        inside = (rows < B) & (cols < K)
+        at = rows.to(tl.int64) * K + cols
         tl.store(rewards + at, r, mask=inside)
         tl.store(dlogps + at, dl * factor, mask=inside)
-        if REDUCED:
+        if TOTAL:
             total += value
         else:
-            tl.store(loss + rows, value, mask=rows < B)
-    if REDUCED:
+            each = start + tl.arange(0, BLOCK_B)
+            tl.store(loss + each, value, mask=each < B)
+    if TOTAL:
         tl.store(loss, tl.sum(total, axis=0) * factor)
 
 
-def _launch(K: int) -> dict[str, int | bool]:
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["losses", "loss"])
+def _group_loss_sum_kernel(losses, loss, B, factor, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(losses + at, mask=at < B, other=0.0)
+    tl.store(loss, tl.sum(total, axis=0) * factor)
+
+
+def _launch(name: str, K: int) -> dict[str, int | bool]:
     block_k = triton.next_power_of_2(K)
+    block_j = min(block_k, max(_CUBE // block_k, 1), 32) if name in _COMPARING else 1
     # No fusing: beta * l - max must be 0 for the largest, however large it is.
     return {
-        "BLOCK_B": max(_TILE // block_k, 1),
+        "BLOCK_B": max(min(_TILE // block_k, _CUBE // (block_k * block_j)), 1),
         "BLOCK_K": block_k,
+        "BLOCK_J": block_j,
         "num_warps": _NUM_WARPS,
         "enable_fp_fusion": False,
     }
@@ -204,8 +314,13 @@ def _launch(K: int) -> dict[str, int | bool]:
 def group_loss_fwd(arguments: GroupLossArguments, loss: torch.Tensor, rewards: torch.Tensor, dlogps: torch.Tensor) -> None:
     """Write ``loss``, one float32 or [B] for reduction "none", ``rewards`` and ``dlogps``, both float32 [B, K]."""
     (B, K), q = arguments.logps.shape, arguments
+    factor = 1.0 / max(B, 1) if q.reduction == "mean" else 1.0
+    total = q.reduction != "none" and not q.wants_several_blocks()
+    losses = loss if total or q.reduction == "none" else q.logps.new_empty(B)
+    launch = _launch(q.name, K)
+    programs = 1 if total else triton.cdiv(B, launch["BLOCK_B"])
     with torch.cuda.device_of(q.logps):
-        _group_loss_fwd_kernel[(1,)](
+        _group_loss_fwd_kernel[(programs,)](
             q.logps,
             q.ref_logps,
             q.scores,
@@ -213,16 +328,21 @@ def group_loss_fwd(arguments: GroupLossArguments, loss: torch.Tensor, rewards: t
             q.lengths,
             q.desirable,
             q.baseline,
-            loss,
+            losses,
             rewards,
             dlogps,
             B,
             K,
             float(q.beta),
             float(q.alpha),
-            1.0 / max(B, 1) if q.reduction == "mean" else 1.0,
+            float(q.label_smoothing),
+            float(q.nll_weight),
+            factor,
             LOSS=q.name,
             PAIRS=q.pairs,
-            REDUCED=q.reduction != "none",
-            **_launch(K),
+            HAS_NLL=q.nll_weight > 0,
+            TOTAL=total,
+            **launch,
         )
+        if losses is not loss:
+            _group_loss_sum_kernel[(1,)](losses, loss, B, factor, BLOCK=1024, num_warps=_NUM_WARPS)

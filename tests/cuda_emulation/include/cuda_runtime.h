@@ -7,6 +7,7 @@
 
 #include "emulator.h"
 
+#define __host__
 #define __device__
 #define __global__
 #define __grid_constant__

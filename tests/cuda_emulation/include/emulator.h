@@ -19,7 +19,7 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline dim3 threadIdx, blockIdx, blockDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
@@ -118,12 +118,19 @@ void launch(dim3 grid, dim3 block, Kernel kernel, const Argument& argument) {
     throw std::logic_error("emulated CUDA: a launch that is illegal, or of dimensions that are not emulated");
   }
   blockDim = block;
+  gridDim = grid;
   thread_body = [&] { kernel(argument); };
   fibers.resize(threads);
   for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x) run_block();
 }
 
 }  // namespace emulated
+
+// The shuffle of a warp that exchanges nothing.
+inline void __syncwarp() {
+  emulated::running->lanes_apart = 0;
+  emulated::wait(emulated::kAtShuffle);
+}
 
 inline void __syncthreads() { emulated::wait(emulated::kAtBarrier); }
 
