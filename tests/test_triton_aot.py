@@ -53,7 +53,8 @@ def _group_loss_cases(names):
 
     # A ragged batch with everything, and a full one with nothing.
     absent = dict.fromkeys(("mask", "lengths", "desirable", "baseline"))
-    for name, K in [(name, K) for name in names for K in ((4, 64) if name in group_loss._COMPARING else (4,))]:
+    sizes = {name: (4, 64) if name in group_loss._COMPARING else (4,) for name in names}
+    for name, K in ((name, K) for name, Ks in sizes.items() for K in Ks):
         launch = {**group_loss._launch(name, K), "LOSS": name}
         yield "group_loss_fwd", "float32", {**launch, "PAIRS": "best_vs_rest", "HAS_NLL": True, "TOTAL": True}
         yield "group_loss_fwd", "float32", {**launch, **absent, "PAIRS": "all", "HAS_NLL": False, "TOTAL": False}
