@@ -123,12 +123,11 @@ def group_loss(
         raise ValueError(f"logps: got shape {list(logps.shape)}, wanted [B, K] with K >= 1")
     if ref_logps.requires_grad:
         raise ValueError("ref_logps: requires a gradient, wanted a constant (compute it under torch.no_grad())")
-    nll_weight = checks.non_negative("nll_weight", nll_weight)
+    label_smoothing, nll_weight = check_terms(name, label_smoothing, nll_weight)
     if nll_weight > 0 and lengths is None:
         raise ValueError("lengths: got None, wanted the number of tokens of each response, for nll_weight > 0")
     given = {"alpha": alpha, "pairs": pairs, "lengths": lengths, "desirable": desirable, "baseline": baseline}
-    _refuse_unused(name, {**given, "label_smoothing": label_smoothing or None}, ("lengths",) if nll_weight > 0 else ())
-    label_smoothing = _label_smoothing(label_smoothing)
+    _refuse_unused(name, given, ("lengths",) if nll_weight > 0 else ())
     beta = checks.positive("beta", beta)
     alpha = _alpha(name, alpha, scores)
     pairs = PAIRS[0] if pairs is None else pairs
@@ -172,18 +171,21 @@ def group_loss(
     return GroupLoss(loss, rewards)
 
 
-def _refuse_unused(name: str, given: dict[str, object], used: tuple[str, ...]) -> None:
+def check_terms(name: str, label_smoothing: float, nll_weight: float) -> tuple[float, float]:
+    """The two numbers as floats; ``ValueError``, ``TypeError`` for what the loss ``name`` cannot use, by the argument's name."""
+    label_smoothing = checks.non_negative("label_smoothing", label_smoothing)
+    if label_smoothing >= 0.5:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 0.5)")
+    if label_smoothing > 0:
+        _refuse_unused(name, {"label_smoothing": label_smoothing})
+    return label_smoothing, checks.non_negative("nll_weight", nll_weight)
+
+
+def _refuse_unused(name: str, given: dict[str, object], used: tuple[str, ...] = ()) -> None:
     """``ValueError`` for an argument that neither the loss ``name`` takes nor another term uses: it would have no effect."""
     for argument, value in given.items():
         if value is not None and argument not in LOSSES[name].takes and argument not in used:
             raise ValueError(f"{argument}: got a value, wanted none: the loss {name!r} does not take it")
-
-
-def _label_smoothing(value: float) -> float:
-    value = checks.non_negative("label_smoothing", value)
-    if value >= 0.5:
-        raise ValueError(f"label_smoothing: got {value}, wanted a number in [0, 0.5)")
-    return value
 
 
 def _alpha(name: str, alpha: float | None, scores: Tensor | None) -> float:

@@ -53,7 +53,7 @@ def by_hand(rows, steps, *, loss="nca", batch=4, lr=0.2, average=False, **option
                 ref[None],
                 torch.tensor([row["scores"]]),
                 **{"beta": 0.1, "alpha": 1.0, "pairs": "best_vs_rest", **options},
-                lengths=None if average else lengths,
+                lengths=torch.ones_like(lengths) if average else lengths,
                 baseline=baseline,
             )
             total = total + value.sum() / len(chosen)
@@ -73,6 +73,16 @@ def test_steps(loss, average, tmp_path):
     rows = make_rows(10)
     losses, wanted = by_hand(rows, 3, loss=loss, average=average)
     trainer = trained(tmp_path, rows, loss=loss, average=average)
+    assert logged(trainer, "loss") == pytest.approx(losses, rel=2e-5)
+    assert_same_weights(weights(trainer), wanted, tiny("llama").state_dict(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("loss, options", [("nca", {"nll_weight": 0.5}), ("dpo", {"nll_weight": 0.5, "label_smoothing": 0.2})])
+def test_steps_with_terms_of_every_loss(loss, options, average, tmp_path):
+    rows = make_rows(6)
+    losses, wanted = by_hand(rows, 2, loss=loss, average=average, **options)
+    trainer = trained(tmp_path, rows, loss=loss, average=average, **options)
     assert logged(trainer, "loss") == pytest.approx(losses, rel=2e-5)
     assert_same_weights(weights(trainer), wanted, tiny("llama").state_dict(), rtol=2e-3)
 
@@ -299,6 +309,9 @@ def test_plots(tmp_path):
         ({"beta": 0.0}, "beta: got 0.0, wanted a finite number > 0"),
         ({"alpha": -1.0}, "alpha: got -1.0"),
         ({"pairs": "some"}, "pairs: got 'some'"),
+        ({"label_smoothing": 0.1}, "label_smoothing: got a value, wanted none: the loss 'nca' does not take it"),
+        ({"loss": "dpo", "label_smoothing": 0.5}, r"label_smoothing: got 0.5, wanted a number in \[0, 0.5\)"),
+        ({"nll_weight": -1.0}, "nll_weight: got -1.0, wanted a finite number >= 0"),
         ({"num_responses": 1}, "num_responses: got 1, wanted an int >= 2"),
         ({"reference": "none"}, "reference: got 'none'"),
         ({"max_length": 3}, "max_length: got 3"),

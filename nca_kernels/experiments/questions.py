@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..loss_table import LOSSES
 from .align import Method
 from .figure import draw_lines, draw_points
 from .inference import Interval, answer, interval, paired, share_above
@@ -79,7 +80,7 @@ def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def _parameters(method: Method | None) -> str:
     if method is None:
         return ""
-    alpha = f", alpha {method.alpha:g}" if method.loss in ("nca", "info_nca") else ""
+    alpha = f", alpha {method.alpha:g}" if "alpha" in LOSSES[method.loss].takes else ""
     return f"beta {method.beta:g}{alpha}, lr {method.lr:g}"
 
 

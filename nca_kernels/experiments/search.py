@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.quasirandom import SobolEngine
 
+from ..loss_table import LOSSES
 from .align import Method
 from .runs import Settings
 from .world import Size
@@ -36,7 +37,7 @@ class Contender:
     def at(self, beta: float, alpha: float, lr: float) -> Method:
         """The method with these parameters; one that does not read alpha has 0."""
         assert self.loss is not None, "the supervised model has no parameters"
-        reads_alpha = self.loss in ("nca", "info_nca") and not self.pairwise
+        reads_alpha = "alpha" in LOSSES[self.loss].takes and not self.pairwise
         return Method(self.loss, self.K, beta, alpha if reads_alpha else 0.0, self.pairs, lr)
 
     def trials(self, n: int, seeds: tuple[int, ...], size: Size) -> list[Settings]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ...dispatch import resolve
+from ...loss_table import LOSSES
 from ..data.load import Groups, load_groups
 from ..data.rows import tokenized
 from ..models.pretrained import load_policy, load_tokenizer
@@ -115,7 +116,7 @@ def _described(groups: Groups) -> str:
 
 def _loss(config: NCAConfig, preference: bool) -> str:
     about = f"{config.loss}, beta {config.beta:g}"
-    if config.loss in ("nca", "info_nca"):
+    if "alpha" in LOSSES[config.loss].takes:
         about += f", alpha {config.alpha:g}" + (" (chosen and rejected: a preference)" if preference else "")
     if config.num_responses is not None:
         about += f", at most {config.num_responses} responses of a prompt"

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from ...loss_table import LOSSES
 from .load import LAYOUTS, is_used, load_groups
 from .tokenize import tokenize_groups
 
@@ -90,7 +91,7 @@ def _loaded(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None,
         groups = load_groups(rows, skip_bad_rows=options.skip_bad_rows)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if groups.preference and options.alpha > 0 and options.loss in ("nca", "info_nca"):
+    if groups.preference and options.alpha > 0 and "alpha" in LOSSES[options.loss].takes:
         logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, options.alpha)
     return tokenized(groups.rows, tokenizer, options)
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ... import checks
 from ...loss_table import LOSSES, PAIRS
+from ...losses import check_terms
 from ..data.rows import RowOptions
 
 REFERENCES = ("precompute", "model")
@@ -27,10 +28,14 @@ class NCAConfig(TrainingArguments):
     A batch counts prompts: ``per_device_train_batch_size`` prompts with all their responses.
 
     Args:
-        loss: ``"info_nca"``, ``"nca"``, ``"dpo"``, ``"ipo"`` or ``"kto"`` (:func:`nca_kernels.group_loss`).
+        loss: ``"info_nca"``, ``"nca"``, ``"dpo"``, ``"ipo"``, ``"kto"``, ``"plackett_luce"`` or ``"biased_nca"``
+            (:func:`nca_kernels.group_loss`).
         beta: > 0, the strength of the implicit reward.
         alpha: >= 0, the temperature of the scores, in their unit; 0: all weight on the best-scored responses.
         pairs: ``"best_vs_rest"`` or ``"all"``, for ``dpo`` and ``ipo``.
+        label_smoothing: in [0, 0.5), for ``dpo``: the share of pairs whose order is taken to be wrong.
+        nll_weight: >= 0, the weight of the negative log-likelihood per token of the best-scored responses (of all by their
+            weights, where the loss takes ``alpha``), which is added to the loss.
         num_responses: how many of each prompt's responses are kept, >= 2; ``None`` for all. Kept are a best-scored one, one
             scored below it, then others at random, drawn by ``seed`` once for the whole run.
         average: log-probs and reference log-probs are averages over a response's tokens, not sums.
@@ -50,7 +55,7 @@ class NCAConfig(TrainingArguments):
     since it would hide a loss that is NaN, and costs a host sync at every step.
 
     Raises:
-        ValueError, TypeError: an argument out of range, by name; ``label_smoothing_factor``, which no loss here has.
+        ValueError, TypeError: an argument out of range, by name; ``label_smoothing_factor``, which is of losses over tokens.
 
     Source: Chen et al. 2024 (arXiv 2402.05369).
 
@@ -59,10 +64,12 @@ class NCAConfig(TrainingArguments):
         1.0
     """
 
-    loss: str = _option("nca", "info_nca, nca, dpo, ipo or kto")
+    loss: str = _option("nca", "info_nca, nca, dpo, ipo, kto, plackett_luce or biased_nca")
     beta: float = _option(0.1, "strength of the implicit reward, > 0")
     alpha: float = _option(1.0, "temperature of the scores, >= 0; 0: all weight on the best-scored responses")
     pairs: str = _option("best_vs_rest", "best_vs_rest or all, for dpo and ipo")
+    label_smoothing: float = _option(0.0, "share of pairs taken to be in the wrong order, in [0, 0.5), for dpo")
+    nll_weight: float = _option(0.0, "weight of the best responses' negative log-likelihood per token, >= 0")
     num_responses: int | None = _option(None, "responses kept of each prompt, >= 2; None: all")
     average: bool = _option(False, "average log-probs over a response's tokens")
     share_prompt: bool = _option(False, "compute each prompt once for all its responses")
@@ -82,6 +89,7 @@ class NCAConfig(TrainingArguments):
         checks.positive("beta", self.beta)
         checks.non_negative("alpha", self.alpha)
         checks.one_of("pairs", self.pairs, PAIRS)
+        check_terms(self.loss, self.label_smoothing, self.nll_weight)
         checks.one_of("reference", self.reference, REFERENCES)
         for name, low in (("num_responses", 2), ("max_length", 4), ("max_prompt_length", 2), ("save_budget", 0)):
             value = getattr(self, name)
@@ -92,7 +100,7 @@ class NCAConfig(TrainingArguments):
         # By length, Trainer would want rows of one text each.
         checks.one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
         if self.label_smoothing_factor != 0:
-            raise ValueError(f"label_smoothing_factor: got {self.label_smoothing_factor}, wanted 0: these losses have no such term")
+            raise ValueError(f"label_smoothing_factor: got {self.label_smoothing_factor}, wanted 0: label_smoothing is the key")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: got True, wanted False: it would remove prompts, responses and scores")
         super().__post_init__()
@@ -103,8 +111,9 @@ class NCAConfig(TrainingArguments):
 
     def loss_options(self, **of_batch: Tensor | None) -> dict[str, Any]:
         """The keyword arguments of :func:`nca_kernels.group_loss` that the loss takes, from the configuration and the batch."""
-        given = {"alpha": self.alpha, "pairs": self.pairs, **of_batch}
-        return {"beta": self.beta} | {name: given[name] for name in LOSSES[self.loss].takes if name in given}
+        given = {"alpha": self.alpha, "pairs": self.pairs, "label_smoothing": self.label_smoothing, **of_batch}
+        taken = {*LOSSES[self.loss].takes, *(("lengths",) if self.nll_weight > 0 else ())}
+        return {"beta": self.beta, "nll_weight": self.nll_weight} | {name: given[name] for name in given if name in taken}
 
     def row_options(self) -> RowOptions:
         """The keys that say how rows are prepared."""

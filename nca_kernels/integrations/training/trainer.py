@@ -263,7 +263,8 @@ class NCATrainer(Trainer):
             baseline = self._kto_baseline([batch])
         ref_logps = self._per_token(self._ref_logps(batch), batch)
         logps = self._per_token(self.compute_logps(model, batch), batch)
-        options = args.loss_options(lengths=None if args.average else batch["lengths"], baseline=baseline)
+        lengths = torch.ones_like(batch["lengths"]) if args.average else batch["lengths"]  # averages are per token already
+        options = args.loss_options(lengths=lengths, baseline=baseline)
         loss, rewards = group_loss(args.loss, logps, ref_logps, scores, mask=mask, reduction="sum", **options)
         metrics = self._train_metrics if model.training else self._eval_metrics
         tokens = (batch["branches"] >= 0 if "branches" in batch else batch["attention_mask"]).sum()
