@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined, so before any import of them
 
+import interpreter
 import pytest
 
 from nca_kernels.backends import BACKENDS
@@ -50,6 +51,8 @@ def _target(request, op="token_logps"):
         if target.name in request.config.getoption("--require-backend").split(","):
             pytest.fail(f"backend {target.name} is required and cannot run: {'; '.join(reasons)}")
         pytest.skip(f"backend {target.name}: {'; '.join(reasons)}")
+    if target.interpreted:
+        interpreter.round_bfloat16()
     return target
 
 

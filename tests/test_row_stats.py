@@ -12,14 +12,6 @@ from nca_kernels.backends import BACKENDS
 TOL = 1e-6  # beside the yardstick, as in test_token_logps
 
 
-@pytest.fixture
-def kernels(kernels):
-    """The backends whose kernels have these statistics."""
-    if kernels.name != "cpu":
-        pytest.skip(f"backend {kernels.name}: its kernels write three rows of statistics")
-    return kernels
-
-
 def _statistics(logits, labels, compute, scale, softcap):
     """Log-prob, lse and entropy of every row, and the entropy's ``sum (z - max) exp(z - max)``."""
     z = transformed(logits.to(compute), scale, softcap)
@@ -139,11 +131,12 @@ def test_one_certain_column(kernels):
     assert torch.equal(ours.grad.flatten().cpu(), wanted)
 
 
-def test_nan_stays_in_its_row(kernels):
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_nan_and_infinity_stay_in_their_row(kernels, value):
     logits, labels = _case(4099, torch.float32)
     clean = _ours(kernels, logits, labels, torch.ones(3, 2, 4))
-    logits[0, 1, 4098] = logits[0, 2, 0] = logits[1, 1, 2000] = math.nan
-    bad = torch.isnan(logits).any(-1)
+    logits[0, 1, 4098] = logits[0, 2, 0] = logits[1, 1, 2000] = value
+    bad = ~torch.isfinite(logits).all(-1)
     ours = _ours(kernels, logits, labels, torch.ones(3, 2, 4))
     assert torch.isnan(ours.grad.cpu()[bad]).all() and torch.isnan(ours.weighted.cpu()[bad]).all()
     assert torch.equal(ours.grad.cpu()[~bad], clean.grad.cpu()[~bad])
@@ -179,3 +172,37 @@ def test_three_rows_are_the_first_three_of_four(kernels):
         results[rows] = logps, stats[:3]
     for three, four in zip(results[3], results[4], strict=True):
         torch.testing.assert_close(three, four, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_any_alignment(kernels, dtype):
+    """Rows that start anywhere in a 16-byte word, read where they are and overwritten in place."""
+    store = _case(703, dtype)[0].to(kernels.device)
+    labels = torch.randint(700, (2, 3))
+    upstream = torch.randn(3, 2, 3)
+    for view in (store[:, :-1, 1:701], store[:, 1:, :700], store[:, :3, 3:]):
+        aligned = _ours(kernels, view.contiguous(), labels, upstream)
+        ours = _ours(kernels, view, labels, upstream)
+        torch.testing.assert_close(ours.stats, aligned.stats, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.grad, aligned.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        written = store.clone()
+        rows = written.as_strided(view.shape, view.stride(), view.storage_offset())
+        options = {"ignore_index": -100, "scale": 1.0, "softcap": None, "vocab_start": 0, "vocab_total": 700}
+        dlogps, dlse, dentropy = upstream.to(kernels.device)
+        stats, labels_there = ours.stats, labels.to(kernels.device)
+        BACKENDS[kernels.name].token_logps_bwd(dlogps, rows, labels_there, stats, rows, dlse=dlse, dentropy=dentropy, **options)
+        assert torch.equal(rows, ours.grad)
+        rows.copy_(view)
+        assert torch.equal(written, store), "written beside the rows"
+
+
+def test_a_gradient_of_the_lse_needs_no_fourth_row(kernels):
+    logits, labels = _case(300, torch.float32)
+    dlogps, dlse = torch.randn(2, 2, 4)
+    stats = _ours(kernels, logits, labels, (dlogps, dlse, None)).stats
+    logits, labels, dlogps, dlse = (x.to(kernels.device) for x in (logits, labels, dlogps, dlse))
+    options = {"ignore_index": -100, "scale": 1.0, "softcap": None, "vocab_start": 0, "vocab_total": 300, "dlse": dlse}
+    grads = torch.empty(2, *logits.shape, device=kernels.device)
+    for grad, rows in zip(grads, (4, 3), strict=True):
+        BACKENDS[kernels.name].token_logps_bwd(dlogps, logits, labels, stats[:rows], grad, **options)
+    assert torch.equal(*grads)

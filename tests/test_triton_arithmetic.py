@@ -12,9 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import test_group_loss
+import test_row_stats
 import test_token_logps
 import torch
 from conftest import Target
+from interpreter import round_bfloat16
 from oracle import plain_token_logps, value_and_grad
 
 import nca_kernels
@@ -41,8 +43,9 @@ def _moved(exact: Callable, ulps: int) -> Callable:
 @pytest.fixture(params=[("division", -2), ("division", -1), ("division", 1), ("division", 2), ("exp2", -2), ("exp2", 2)], ids=str)
 def triton(request, monkeypatch) -> Target:
     """Backend ``triton`` with one instruction off by so many ulp."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
-    builder, (instruction, ulps) = interpreter.InterpreterBuilder, request.param
+    runtime = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    round_bfloat16()
+    builder, (instruction, ulps) = runtime.InterpreterBuilder, request.param
     if instruction == "division":
         inexact = _moved(np.divide, ulps)
         monkeypatch.setattr(builder, "create_fdiv", lambda self, x, y: self.binary_op(x, y, inexact))
@@ -56,6 +59,11 @@ def triton(request, monkeypatch) -> Target:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_scale_and_softcap(triton, dtype, scale, softcap):
     test_token_logps.test_scale_and_softcap(triton, dtype, scale, softcap)
+
+
+def test_statistics_and_their_gradients(triton):
+    for softcap in (None, 5.0):
+        test_row_stats._check(triton, *test_row_stats._case(517, torch.float32), softcap=softcap)
 
 
 def test_a_softcap_has_the_same_slope_on_both_sides(triton):
