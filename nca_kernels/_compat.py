@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -148,3 +149,41 @@ def is_stateful(model: nn.Module) -> bool:
     Without it, a state-space model is not refused by name where responses share a prompt.
     """
     return getattr(model, "_is_stateful", False)
+
+
+def run_folder(trainer: Any, trial: object) -> str:
+    """The folder of a transformers trainer's checkpoints.
+
+    Without it, checkpoints are not written beside their place: a killed run leaves half ones.
+    """
+    from transformers import Trainer
+
+    return Trainer._get_output_dir(trainer, trial)
+
+
+def save_checkpoint(trainer: Any, model: nn.Module, trial: object) -> None:
+    """Write a checkpoint into the trainer's ``_get_output_dir``.
+
+    Without it, checkpoints are not written beside their place: a killed run leaves half ones.
+    """
+    from transformers import Trainer
+
+    Trainer._save_checkpoint(trainer, model, trial)
+
+
+def push_checkpoint(trainer: Any, folder: str) -> None:
+    """Push a checkpoint that is whole to the hub, as ``hub_strategy`` says.
+
+    Without it, ``push_to_hub`` sends nothing before training ends.
+    """
+    from transformers import Trainer
+
+    Trainer._push_from_checkpoint(trainer, folder)
+
+
+def has_injected_adapter(model: nn.Module) -> bool:
+    """Whether transformers put an adapter into a model's layers, as ``from_pretrained`` does with an adapter's folder.
+
+    Without it, a new adapter takes the place of that one, whose training is lost in silence.
+    """
+    return getattr(model, "_hf_peft_config_loaded", False)

@@ -60,6 +60,19 @@ def _positive(kind: type) -> Callable[[str], float]:
     return positive
 
 
+def _mapping(text: str) -> dict[str, object]:
+    """An argparse type: a mapping as YAML has it."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a mapping: '{{key: value}}'")
+    return value
+
+
 def _add_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train",
@@ -87,20 +100,28 @@ def _train(arguments: argparse.Namespace) -> int | None:
         trainer = prepare(run)
     except ValueError as error:  # the data, the model, or the two together
         return _failed("train", str(error))
-    train(trainer)
+    try:
+        train(trainer)
+    except (ValueError, FloatingPointError) as error:  # a checkpoint that cannot be resumed; a loss that is not finite
+        return _failed("train", str(error))
     return None
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:
     score = commands.add_parser(
         "score",
-        help="log-probs and implicit rewards of a JSONL file's responses",
+        help="log-probs and implicit rewards of a data set's responses",
         description="The log-prob of each response under a model, and, beside a reference model, its implicit reward "
         "beta * (log p - log p_ref), as JSONL beside the input's columns; in the end how well their order follows the scores.",
     )
     score.add_argument("--model", required=True, help="a folder or a name on the hub")
-    score.add_argument("--data", required=True, type=Path, help="a JSONL file, as for train; scores may be missing")
+    score.add_argument("--data", required=True, help="a file, folder or hub name, as for train; scores may be missing")
+    score.add_argument("--split", default="train", help="the split of a folder or hub name (%(default)s)")
     score.add_argument("--ref-model", help="the reference model, for the implicit rewards")
+    score.add_argument("--max-length", type=_positive(int), help="the most tokens of a prompt with a response (as in training)")
+    score.add_argument(
+        "--model-init-kwargs", type=_mapping, help="keywords of from_pretrained, as in YAML: '{dtype: bfloat16}' (as in training)"
+    )
     score.add_argument("--beta", type=_positive(float), default=0.1, help="their strength (%(default)s)")
     score.add_argument("--average", action="store_true", help="average over a response's tokens in place of the sum")
     score.add_argument("--batch-size", type=_positive(int), default=4, help="prompts at a time (%(default)s)")

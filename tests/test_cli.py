@@ -245,7 +245,7 @@ def test_scores_without_a_reference_or_scores(models, capsys):
         (["--model", ".", "--data", "data.jsonl"], "tokenizer: '.' is no folder or hub name that loads"),
         (["--model", "{model}", "--data", "gone.jsonl"], "gone.jsonl: no such file"),
         (["--model", "{model}", "--data", "bad.jsonl"], "bad.jsonl: row 3, column responses[1]: empty text"),
-        (["--model", "{model}", "--data", "data.parquet"], "data: got data.parquet, wanted a .jsonl file"),
+        (["--model", "{model}", "--data", "gone.parquet"], "gone.parquet: no such file"),
         (["--model", "{model}", "--data", "data.jsonl", "--out", "data.jsonl/x"], "data.jsonl"),
     ],
 )

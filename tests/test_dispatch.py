@@ -118,6 +118,7 @@ LAYERS = [
     "dispatch",
     "backends",
     "checks",
+    "files",
     "_compat",
 ]
 # The rooms of ``integrations``, by the same rule.

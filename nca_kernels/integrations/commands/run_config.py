@@ -27,7 +27,6 @@ class Sources:
         data: what :func:`~nca_kernels.integrations.data.load.load_groups` takes; ``split`` of a folder or a hub name.
         eval_data: the same, to evaluate on at the end and by ``eval_strategy``; ``eval_split`` of it.
         tokenizer: a folder or a name on the hub; ``None`` for the model's own.
-        model_init_kwargs: keywords of ``from_pretrained`` (``dtype``, ``attn_implementation``, ``revision``, ...).
         lora: keywords of ``peft.LoraConfig``; ``None`` to train the whole model.
     """
 
@@ -37,7 +36,6 @@ class Sources:
     eval_data: str | None = None
     eval_split: str = "test"
     tokenizer: str | None = None
-    model_init_kwargs: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
 
 

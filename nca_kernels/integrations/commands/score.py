@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset
+import yaml
+from datasets import Dataset, load_dataset
 from tqdm import tqdm
 
+from ... import files
 from ...scores import score_pairs
 from ..data.collator import GroupCollator, group_logps
 from ..data.load import load_groups
 from ..data.tokenize import tokenize_groups
 from ..models.heads import model_logps
 from ..models.pretrained import load_model, load_tokenizer
+from ..reference.placement import default_device, to_device
+from ..training.checkpoints import RUN
 
 Rows = list[list[float]]  # a number for each response of each prompt
 
 
 def score_file(
     model: str,
-    data: Path,
+    data: str | Path,
     out: Path,
     *,
+    split: str = "train",
     ref_model: str | None = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+    max_length: int | None = None,
     beta: float = 0.1,
     average: bool = False,
     batch_size: int = 4,
@@ -33,30 +41,38 @@ def score_file(
 
     ``logps`` are in nats, the sum over a response's tokens or their ``average``; ``rewards = beta * (logps - ref_logps)``. Each
     is a list, in the order of the responses (``chosen``, ``rejected``; ``A0``, ``A1``, ...). The input's columns stay; one of
-    the same name is replaced.
+    the same name is replaced. ``out`` is written beside its place and moved there, so that it may be ``data`` itself.
 
     Args:
         model, ref_model: folders or names on the hub, each with its tokenizer.
-        data: a JSONL file that :func:`~nca_kernels.integrations.data.load.load_groups` takes; scores may be missing.
+        data: what :func:`~nca_kernels.integrations.data.load.load_groups` takes; scores may be missing.
+        split: of a folder or a hub name.
+        model_init_kwargs: keywords of ``from_pretrained`` for both models; ``None`` for those in the ``run.yaml`` beside a model
+            that ``nca-kernels train`` has saved.
+        max_length: the most tokens of a prompt with a response, as in training; ``None`` for that of the ``run.yaml`` beside
+            ``model``, or no limit where there is none.
         batch_size: prompts at a time.
 
     Raises:
-        ValueError: a row that cannot be used, by file, row and column; another kind of file; a model without a usable head.
+        ValueError: a row that cannot be used, by file, row and column; a model without a usable head.
         OSError: a file or model that cannot be read or written.
     """
-    if data.suffix != ".jsonl":
-        raise ValueError(f"data: got {data}, wanted a .jsonl file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = load_groups(data, scores_required=False).rows
-    lines = [json.loads(line) for line in data.read_text(encoding="utf-8").split("\n") if line.strip()]
-    columns = {"logps": response_logps(model, rows, average=average, batch_size=batch_size)}
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the long pass: it may be no place to write
+    rows = load_groups(str(data), split=split, scores_required=False).rows
+    lines = _lines(str(data), split)
+    settings = _settings(model)
+    if max_length is None and (max_length := settings.get("max_length")) is not None:
+        print(f"max_length {max_length}, as {Path(model) / RUN} says")
+    cut = {"max_length": max_length, "max_prompt_length": settings.get("max_prompt_length")}
+    options = {"average": average, "batch_size": batch_size, "model_init_kwargs": model_init_kwargs, **cut}
+    columns = {"logps": response_logps(model, rows, **options)}
     if ref_model is not None:
-        columns["ref_logps"] = response_logps(ref_model, rows, average=average, batch_size=batch_size)
+        columns["ref_logps"] = response_logps(ref_model, rows, **options)
         columns["rewards"] = [
             [beta * (logp - ref) for logp, ref in zip(*both, strict=True)]
             for both in zip(columns["logps"], columns["ref_logps"], strict=True)
         ]
-    with out.open("w", encoding="utf-8") as file:
+    with files.replacing(out) as beside, beside.open("w", encoding="utf-8") as file:
         for line, *values in zip(lines, *columns.values(), strict=True):
             file.write(json.dumps({**line, **dict(zip(columns, values, strict=True))}, ensure_ascii=False) + "\n")
     print(f"{out}: {len(rows)} prompts, {sum(map(len, columns['logps']))} responses")
@@ -69,20 +85,46 @@ def score_file(
         print(f"accuracy   {right / pairs:.1%} of {pairs} pairs of different scores are in that order by {judge}")
 
 
+def _lines(data: str, split: str) -> list[dict[str, Any]]:
+    """The rows with all their columns; of a JSONL file as they stand, since a table would add the columns of other rows."""
+    if data.endswith((".jsonl", ".json")):
+        return [json.loads(line) for line in Path(data).read_text(encoding="utf-8").split("\n") if line.strip()]
+    if data.endswith(".parquet"):
+        return load_dataset("parquet", data_files=data, split="train").to_list()
+    return load_dataset(data, split=split).to_list()
+
+
+def _settings(model: str) -> dict[str, Any]:
+    """The ``run.yaml`` beside a model that ``nca-kernels train`` has saved."""
+    file = Path(model) / RUN
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 @torch.no_grad()
-def response_logps(model: str, rows: Dataset, *, average: bool, batch_size: int) -> Rows:
+def response_logps(
+    model: str,
+    rows: Dataset,
+    *,
+    average: bool = False,
+    batch_size: int = 4,
+    model_init_kwargs: dict[str, Any] | None = None,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+) -> Rows:
     """The log-prob of each response of ``rows`` (of ``load_groups``) under a model that is loaded for it."""
     tokenizer = load_tokenizer(model)
-    tokenized = tokenize_groups(rows.remove_columns("scores"), tokenizer).rows
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_model(model).to(device).eval()
+    options = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    tokenized = tokenize_groups(rows.remove_columns("scores"), tokenizer, **options).rows
+    if model_init_kwargs is None and (model_init_kwargs := _settings(model).get("model_init_kwargs")):
+        print(f"{model}: loaded with {model_init_kwargs}, as its {RUN} says")
+    network = to_device(load_model(model, **(model_init_kwargs or {})), default_device()).eval()
     collator = GroupCollator(tokenizer.pad_token_id or 0)
     logps = []
     for start in tqdm(range(0, len(tokenized), batch_size), desc=model):
         batch = collator([tokenized[i] for i in range(start, min(start + batch_size, len(tokenized)))])
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = {name: value.to(network.device) for name, value in batch.items()}
         tokens = model_logps(network, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        sums = group_logps(tokens, batch)
+        sums = group_logps(tokens.to(network.device), batch)
         values = sums / batch["lengths"].clamp(min=1) if average else sums
         logps += [row[mask].tolist() for row, mask in zip(values, batch["mask"], strict=True)]
     return logps

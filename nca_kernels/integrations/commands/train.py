@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from peft import PeftConfig
+from transformers import set_seed
 
 from ...dispatch import resolve
 from ...loss_table import LOSSES
 from ..data.load import Groups, load_groups
 from ..data.rows import tokenized
-from ..models.pretrained import load_policy, load_tokenizer
+from ..models.pretrained import load_tokenizer
 from ..training.config import NCAConfig
+from ..training.policy import policy_of
+from ..training.run_record import run_settings
 from ..training.trainer import NCATrainer
-from .run_config import Run, Sources
+from .run_config import Run
 
 
 def prepare(run: Run) -> NCATrainer:
@@ -34,10 +36,6 @@ def prepare(run: Run) -> NCATrainer:
     """
     sources, config, given = run
     say = _speaker(config)
-    if config.resume_from_checkpoint is True:
-        config.resume_from_checkpoint = get_last_checkpoint(config.output_dir)
-        if config.resume_from_checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint: got true, and {config.output_dir} has no checkpoint")
     set_seed(config.seed)
     with config.main_process_first(desc="data"):
         train = load_groups(sources.data, split=sources.split, skip_bad_rows=config.skip_bad_rows)
@@ -47,8 +45,9 @@ def prepare(run: Run) -> NCATrainer:
     if train.preference and "alpha" not in given:
         config.alpha = 0.0
     tokenizer = load_tokenizer(sources.tokenizer or sources.model)
-    model = _model(sources)
-    total = sum(p.numel() for p in model.parameters())
+    peft_config = _lora(sources.lora)
+    model = policy_of(sources.model, peft_config, config.seed, config.model_init_kwargs)
+    total = sum(map(_size, model.parameters()))
     say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
     say(f"data     {sources.data}: {_described(train)}")
     if heldout is not None:
@@ -59,24 +58,41 @@ def prepare(run: Run) -> NCATrainer:
     with config.main_process_first(desc="tokens"):
         rows = tokenized(train.rows, tokenizer, config.row_options())
         heldout_rows = None if heldout is None else tokenized(heldout.rows, tokenizer, config.row_options())
-    trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer, peft_config=_lora(sources.lora))
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer)
+    trainer.run_settings = run_settings(config, vars(sources))
+    trained = sum(_size(p) for p in trainer.model.parameters() if p.requires_grad)
     say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")
     return trainer
 
 
 def train(trainer: NCATrainer) -> None:
-    """Train, save model and metrics, and evaluate where there is something to evaluate on."""
+    """Train, save model and metrics, and evaluate where there is something to evaluate on.
+
+    ``train_results.json`` also holds the metrics of the last log, each as ``train_last_...``.
+    """
     config = trainer.args
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
+    last = next((log for log in reversed(trainer.state.log_history) if "loss" in log), {})
+    last = {f"train_last_{name}": value for name, value in last.items() if name not in ("epoch", "step")}
+    trainer.save_metrics("train", {**result.metrics, **last})
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
+        metrics = _evaluated(trainer)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     _speaker(config)(f"saved    {config.output_dir}")
+
+
+def _evaluated(trainer: NCATrainer) -> dict[str, float]:
+    """The metrics of an evaluation after the last step, which ``eval_strategy`` may have had done already."""
+    names = [f"eval_{name}_" for name in trainer.eval_dataset] if isinstance(trainer.eval_dataset, dict) else ["eval_"]
+    metrics: dict[str, float] = {}
+    if not trainer.args.load_best_model_at_end:  # else the model is another than at the last step
+        for log in trainer.state.log_history:
+            if log.get("step") == trainer.state.global_step:
+                metrics.update({name: value for name, value in log.items() if name.startswith("eval_") or name == "epoch"})
+    return metrics if all(f"{name}loss" in metrics for name in names) else trainer.evaluate()
 
 
 def _speaker(config: NCAConfig) -> Callable[[str], None]:
@@ -88,17 +104,14 @@ def _speaker(config: NCAConfig) -> Callable[[str], None]:
     return lambda line: None
 
 
-def _model(sources: Sources) -> PreTrainedModel:
-    keywords = sources.model_init_kwargs or {}
-    try:
-        return load_policy(sources.model, adapter=sources.lora is not None, **keywords)
-    except (AttributeError, ImportError, TypeError, StrictDataclassError) as error:
-        if not keywords:
-            raise
-        raise ValueError(f"model_init_kwargs: got {keywords}, with which the model does not load: {error}") from error
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 leaves 0 elements in a tensor whose shards it keeps elsewhere, 4-bit weights are packed."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _lora(keywords: dict | None):
+def _lora(keywords: dict[str, Any] | None) -> PeftConfig | None:
     if keywords is None:
         return None
     from peft import LoraConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,18 @@ import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from ... import files
 from ..data.rows import arrow_batches, longest_sequences, response_counts
 from ..models.heads import causal_lm
+from ..models.main_process import on_main
+from .placement import whole_tensors
 
 # Prompts between two files of an unfinished pass: what a killed run loses at most.
 PART = 512
@@ -47,13 +48,19 @@ def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
         rows: with ``prompt_ids`` and ``response_ids``; what else they hold does not count.
         numerics: the mixed precision that the pass runs in.
     """
-    digest = xxhash.xxh3_128(f"{weights} {numerics}".encode())
-    for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
+    ids = columns_digest(rows.select_columns(["prompt_ids", "response_ids"]))
+    return xxhash.xxh3_128(f"{weights} {numerics} {ids}".encode()).hexdigest()
+
+
+def columns_digest(rows: Dataset) -> str:
+    """A hash of the numbers in all columns, which are lists, or lists of lists."""
+    digest = xxhash.xxh3_128(" ".join(rows.column_names).encode())
+    for columns in arrow_batches(rows):
         for lists in columns.values():
             while isinstance(lists, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
                 digest.update(pc.list_value_length(lists).to_numpy())
                 lists = lists.flatten()
-            digest.update(lists.to_numpy().astype("int64"))
+            digest.update(lists.to_numpy(zero_copy_only=False).astype("float64"))
     return digest.hexdigest()
 
 
@@ -62,10 +69,9 @@ def weights_digest(model: nn.Module, *, base: bool) -> str:
     core = causal_lm(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     digest = xxhash.xxh3_128()
-    for name, tensor in core.state_dict().items():
+    for name, tensor in whole_tensors(core):
         if base and prefix is not None and (prefix in name or "modules_to_save" in name):
             continue
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         # PEFT puts the layers that it changes one level down.
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -109,7 +115,7 @@ def reference_logps(
         ValueError: a file that is not what this function wrote.
     """
     counts = response_counts(rows)
-    flat = _on_main(accelerator, _read, file, sum(counts))
+    flat = on_main(accelerator, _read, file, sum(counts))
     if flat is None:
         flat = _computed(rows, counts, logps, file, accelerator, batch_size, progress)
     return [part.tolist() for part in flat.split(counts)]
@@ -132,20 +138,31 @@ def _computed(
         part = order[start : start + PART]
         part_file = file.with_suffix("") / f"{start}.safetensors"
         part_counts = [counts[i] for i in part]
-        flat = _on_main(accelerator, _read, part_file, sum(part_counts))
+        flat = on_main(accelerator, _read, part_file, sum(part_counts))
         if flat is None:
             batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
             flat = _shared(rows, batches, logps, accelerator)
-            _on_main(accelerator, _write, part_file, flat)
+            _refuse_not_finite(flat, part, part_counts)
+            on_main(accelerator, _write, part_file, flat)
         for i, values in zip(part, flat.split(part_counts), strict=True):
             row_logps[i] = values
         bar.update(len(part))
     bar.close()
     flat = torch.cat(row_logps)
-    _on_main(accelerator, _write, file, flat)
+    on_main(accelerator, _write, file, flat)
     if accelerator.is_main_process:
         shutil.rmtree(file.with_suffix(""), ignore_errors=True)
     return flat
+
+
+def _refuse_not_finite(flat: Tensor, rows: list[int], counts: list[int]) -> None:
+    bad = (~flat.isfinite()).nonzero()[:, 0]
+    if len(bad):
+        row = next(row for row, values in zip(rows, flat.split(counts), strict=True) if not values.isfinite().all())
+        raise ValueError(
+            f"reference: row {row + 1}: got the log-prob {flat[bad[0]]:g} ({len(bad)} responses), wanted finite numbers: "
+            "the reference model gives NaN or zero probability"
+        )
 
 
 def _shared(rows: Dataset, batches: list[list[int]], logps: Callable[[list[dict]], Tensor], accelerator: Accelerator) -> Tensor:
@@ -172,22 +189,5 @@ def _read(file: Path, size: int) -> Tensor | None:
 
 
 def _write(file: Path, flat: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Of this process alone, for two runs may compute the same file at once.
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
-    save_file({"ref_logps": flat}, unfinished)
-    os.replace(unfinished, file)
-
-
-def _on_main(accelerator: Accelerator, function: Callable[..., object], *args: object) -> object:
-    """What the function returns on the main process, on every rank; and its error on every rank, so that none waits."""
-    outcome: list[object] = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function(*args)]
-        except Exception as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    with files.replacing(file) as beside:
+        save_file({"ref_logps": flat}, beside)

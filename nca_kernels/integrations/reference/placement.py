@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import nn
+from accelerate.utils import DistributedType, align_module_device
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 
 def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model on this rank's device, sharded where the run is sharded."""
+    """The model on this rank's device, sharded by FSDP or ZeRO-3 where the run is, in the dtype that the run computes in."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        place_for_deepspeed(model, accelerator)
+        return _zero3_engine(model, accelerator).module if _is_zero3(accelerator) else model
     if accelerator.distributed_type != DistributedType.FSDP:
-        return model.to(accelerator.device)
+        return to_device(model, accelerator.device)
     if is_sharded(model):
         return model
     # accelerate shards a model only together with an optimizer of it; the run's own is made when training starts.
@@ -20,5 +29,96 @@ def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return model
 
 
+def place_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> None:
+    """Do what DeepSpeed does to a model when training starts: it has no autocast and casts the weights to ``bf16`` or ``fp16``."""
+    dtype = _deepspeed_dtype(accelerator)
+    if dtype != torch.float32:
+        model.to(dtype)
+    if not _is_zero3(accelerator):
+        to_device(model, accelerator.device)
+
+
+@contextmanager
+def zero3_for_forward(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Inside it, a policy runs whose weights ZeRO-3 splits among the ranks, before the engine that trains it is made."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED or not _is_zero3(accelerator):
+        yield
+        return
+    engine = _zero3_engine(model, accelerator)
+    try:
+        yield
+    finally:
+        engine.destroy()  # the hooks, in whose place the engine of the training puts its own
+
+
+def _is_zero3(accelerator: Accelerator) -> bool:
+    return accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def _deepspeed_dtype(accelerator: Accelerator) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def _zero3_engine(model: nn.Module, accelerator: Accelerator) -> Any:
+    import deepspeed
+
+    given = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    sharding = {name: value for name, value in given.items() if value != "auto" and name != "offload_optimizer"}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sharding}
+    dtype = _deepspeed_dtype(accelerator)
+    if dtype != torch.float32:
+        settings["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine
+
+
+def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """The model on the device, unless it was placed when it was loaded: by a ``device_map``, offloaded, or quantised."""
+    return model if is_offloaded(model) or getattr(model, "quantization_method", None) else model.to(device)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate brings the weights to a device when they are used."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, (FSDPModule, FullyShardedDataParallel))
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model that is whole on every rank, of a model that ZeRO-3 has split as well."""
+    with _gathered([p for p in model.parameters() if hasattr(p, "ds_id")]):
+        return copy.deepcopy(model)
+
+
+def whole_tensors(core: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of the state of a model that may be sharded by FSDP or ZeRO-3, or offloaded. Collective where sharded."""
+    for name, tensor in core.state_dict(keep_vars=True).items():
+        if isinstance(tensor, DTensor):
+            yield name, tensor.full_tensor().detach()
+        elif hasattr(tensor, "ds_id"):
+            with _gathered([tensor]):
+                yield name, tensor.detach().clone()
+        elif tensor.is_meta:  # offloaded: accelerate brings it back when its module runs
+            path, _, own = name.rpartition(".")
+            module = core.get_submodule(path)
+            with align_module_device(module, execution_device=torch.device("cpu")):
+                yield name, getattr(module, own).detach().clone()
+        else:
+            yield name, tensor.detach()
+
+
+@contextmanager
+def _gathered(parameters: list[Tensor]) -> Iterator[None]:
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield

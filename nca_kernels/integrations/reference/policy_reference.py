@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from ..data.collator import Batch
 from ..data.rows import missing_ref_logps, with_ref_logps
 from .cache import cache_key, reference_logps, weights_digest
-from .frozen import as_reference, refuse_rewritten_base
-from .placement import to_device_or_shard
+from .frozen import adapter_changes_nothing, as_reference, refuse_rewritten_base
+from .placement import frozen_copy, to_device_or_shard
 
 
 class ReferenceOptions(NamedTuple):
@@ -35,10 +34,12 @@ class PolicyReference:
 
     With ``reference="precompute"`` they become a column of the rows, once, through a cache on disk. With ``"model"`` they are
     computed for every batch. The model that computes them is, in this order: the ``ref_model`` that was given; the base of a policy
-    under PEFT; for ``"model"`` a frozen copy of the policy; for ``"precompute"`` the policy itself, before training.
+    whose adapter changes nothing yet; for ``"model"`` a frozen copy of the policy; for ``"precompute"`` the policy itself, before
+    training. So without a ``ref_model`` the reference is the policy at its start.
 
     Args:
         ref_model: a model of its own, or ``None``.
+        policy: as it is before training.
         compute_logps: ``(model, batch) -> [B, K]``, log-probs of a batch on the model's device.
         collate: rows to a batch on that device.
         accelerator: of the run; a model is sharded where the run is.
@@ -47,20 +48,22 @@ class PolicyReference:
     def __init__(
         self,
         ref_model: nn.Module | None,
+        policy: nn.Module,
         compute_logps: Callable[[nn.Module, Batch], Tensor],
         collate: Callable[[list[dict]], Batch],
         accelerator: Accelerator,
         options: ReferenceOptions,
     ):
         self._given = ref_model is not None
+        self._is_base = not self._given and isinstance(policy, PeftModel) and adapter_changes_nothing(policy)
         self._compute_logps, self._collate = compute_logps, collate
         self._accelerator, self._options = accelerator, options
         self._model = None if ref_model is None else self._placed(ref_model)
 
-    def copy_of(self, policy: nn.Module) -> None:
+    def keep_copy(self, policy: nn.Module) -> None:
         """Keep a frozen copy of the policy where the log-probs of every step need one."""
-        if self._model is None and self._options.reference == "model" and not isinstance(policy, PeftModel):
-            self._model = self._placed(copy.deepcopy(policy))
+        if self._model is None and self._options.reference == "model" and not self._is_base:
+            self._model = self._placed(frozen_copy(policy))
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return to_device_or_shard(model.requires_grad_(False), self._accelerator)
@@ -87,7 +90,7 @@ class PolicyReference:
         model = self._model_for(policy, name, trained)
         if self._options.reference == "model":
             return rows
-        base = model is policy
+        base = model is policy and self._is_base
         key = cache_key(weights_digest(model, base=base), missing, self._options.mixed_precision)
         with as_reference(model, base=base), self._accelerator.autocast():
             ref_logps = reference_logps(
@@ -111,19 +114,18 @@ class PolicyReference:
         if "ref_logps" in batch:
             return batch["ref_logps"]
         model = self._model_for(policy, "ref_logps", trained)
-        with as_reference(model, base=model is policy), self._accelerator.autocast():
+        with as_reference(model, base=model is policy and self._is_base), self._accelerator.autocast():
             return self._compute_logps(model, batch)
 
     def _model_for(self, policy: nn.Module, name: str, trained: bool) -> nn.Module:
         if self._model is not None:
             return self._model
-        peft = isinstance(policy, PeftModel)
-        if self._given or (trained and not peft):
+        if self._given or (trained and not self._is_base):
             gone = "ref_model is no longer kept" if self._given else "the model is no longer the reference"
             raise ValueError(
                 f"{name}: rows without ref_logps, and {gone}; wanted them at the start of NCATrainer, or with ref_logps, or "
                 'reference="model"'
             )
-        if peft:
+        if isinstance(policy, PeftModel):
             refuse_rewritten_base(policy)
         return policy

@@ -48,7 +48,11 @@ class NCAConfig(TrainingArguments):
             ``"model"``: at every step, by the base under PEFT, or by a frozen copy of the model.
         reference_cache_dir: the folder of that cache; ``None`` for ``$NCA_KERNELS_CACHE``, or ``<output_dir>/_reference_cache``
             (which ``push_to_hub`` leaves out, for its underscore).
+        model_init_kwargs: keywords of ``from_pretrained`` for a ``model`` given by its name (``dtype``, ``attn_implementation``,
+            ``revision``, ``quantization_config``, ...).
         save_budget: bytes of logits tiles that a trained head keeps (:func:`nca_kernels.linear_token_logps`).
+        max_bad_losses: >= 1; so many micro-batches in a row with a NaN or infinite loss stop the run, at the next log. A model
+            whose last loss or weights are not finite is never saved.
 
     Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
     steps; ``remove_unused_columns`` false, since a batch is no keyword arguments of the model; ``logging_nan_inf_filter`` false,
@@ -78,7 +82,9 @@ class NCAConfig(TrainingArguments):
     skip_bad_rows: bool = _option(False, "leave out rows that cannot be used")
     reference: str = _option("precompute", "precompute: once, into a cache on disk; model: at every step")
     reference_cache_dir: str | None = _option(None, "folder of the cache; None: $NCA_KERNELS_CACHE or in output_dir")
+    model_init_kwargs: dict[str, Any] | None = _option(None, "keywords of from_pretrained: dtype, attn_implementation, ...")
     save_budget: int = _option(0, "bytes of logits tiles that a trained head keeps")
+    max_bad_losses: int = _option(3, "NaN or infinite losses in a row that stop the run, >= 1")
     learning_rate: float = _option(5e-6, "initial learning rate")
     logging_steps: float = _option(10, "steps between logs; a share of all steps if below 1")
     remove_unused_columns: bool = _option(False, "must be false: a batch is no keyword arguments of the model")
@@ -91,9 +97,15 @@ class NCAConfig(TrainingArguments):
         checks.one_of("pairs", self.pairs, PAIRS)
         check_terms(self.loss, self.label_smoothing, self.nll_weight)
         checks.one_of("reference", self.reference, REFERENCES)
-        for name, low in (("num_responses", 2), ("max_length", 4), ("max_prompt_length", 2), ("save_budget", 0)):
+        for name, low in (
+            ("num_responses", 2),
+            ("max_length", 4),
+            ("max_prompt_length", 2),
+            ("save_budget", 0),
+            ("max_bad_losses", 1),
+        ):
             value = getattr(self, name)
-            if value is None and name != "save_budget":
+            if value is None and name not in ("save_budget", "max_bad_losses"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: got {value!r}, wanted an int >= {low}")

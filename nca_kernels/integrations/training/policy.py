@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
 
+from ... import _compat
 from ..models.heads import causal_lm
 from ..models.pretrained import load_policy
 
 logger = logging.getLogger(__name__)
 
 
-def policy_of(model: nn.Module | str | os.PathLike, peft_config: PeftConfig | None, seed: int) -> nn.Module:
+def policy_of(
+    model: nn.Module | str | os.PathLike,
+    peft_config: PeftConfig | None,
+    seed: int,
+    model_init_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
     """The model, loaded if it is a name, with a new adapter if there is a ``peft_config``."""
     if isinstance(model, (str, os.PathLike)):
-        model = load_policy(os.fspath(model), adapter=peft_config is not None)
+        model = _loaded(os.fspath(model), peft_config is not None, model_init_kwargs or {})
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a causal LM, or a name or folder to load one from")
     if peft_config is None:
+        _refuse_frozen(model)
         return model
-    if isinstance(model, PeftModel):
-        raise ValueError("peft_config: model has an adapter already; wanted one or the other")
+    if isinstance(model, PeftModel) or _compat.has_injected_adapter(model):
+        raise ValueError("peft_config: model has an adapter already; wanted one or the other, or the adapter merged into the model")
     set_seed(seed)  # of the adapter's weights
-    return get_peft_model(model, peft_config)
+    model = get_peft_model(model, peft_config)
+    _refuse_frozen(model)
+    return model
+
+
+def _loaded(name: str, adapter: bool, keywords: dict[str, Any]) -> nn.Module:
+    try:
+        return load_policy(name, adapter=adapter, **keywords)
+    except (AttributeError, ImportError, TypeError, StrictDataclassError) as error:
+        if not keywords:
+            raise
+        raise ValueError(f"model_init_kwargs: got {keywords}, with which the model does not load: {error}") from error
+
+
+def _refuse_frozen(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: none of its weights is trained (requires_grad is False for all); wanted some, or a peft_config (lora: in YAML)"
+        )
 
 
 def warn_of_losses(policy: nn.Module, learning_rate: float) -> None:

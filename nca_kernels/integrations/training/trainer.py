@@ -12,9 +12,8 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
 
 from ... import group_loss
@@ -24,19 +23,24 @@ from ..data.rows import longest_sequences, missing_ref_logps, prepare_rows
 from ..data.shared_prompt import check_layout, model_inputs
 from ..models.evaluating import evaluating
 from ..models.heads import model_logps
-from ..reference.placement import to_device_or_shard
+from ..reference.frozen import reshard
+from ..reference.placement import place_for_deepspeed, to_device_or_shard, zero3_for_forward
 from ..reference.policy_reference import PolicyReference, ReferenceOptions
 from .clock import LossClock
 from .config import NCAConfig
 from .kto_baseline import KTOBaseline
+from .loss_guard import LossGuard
 from .metrics import GroupMetrics
 from .plots import PlotsCallback
 from .policy import check_reference, policy_of, warn_of_losses
+from .resumable import ResumableTrainer
+from .run_modes import keep_4bit_gradients, refuse_split_sequences, refuse_tensor_parallel
+from .run_record import run_fingerprint, run_settings
 
 Rows = Dataset | list[dict]
 
 
-class NCATrainer(Trainer):
+class NCATrainer(ResumableTrainer):
     r"""Aligns a causal LM with scored responses, by any loss of :func:`nca_kernels.group_loss`.
 
     The log-probs of policy and reference go through :func:`~nca_kernels.integrations.model_logps`: no logits. The loss of a
@@ -92,10 +96,14 @@ class NCATrainer(Trainer):
                 f"args: got {args.n_gpu} GPUs for one process, which transformers would run as nn.DataParallel; wanted one: use "
                 "accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             )
-        model = policy_of(model, peft_config, args.seed)
+        refuse_split_sequences(args)
+        model = policy_of(model, peft_config, args.seed, args.model_init_kwargs)
         warn_of_losses(model, args.learning_rate)
+        refuse_tensor_parallel("model", model)
+        keep_4bit_gradients(model)
         if ref_model is not None:
             check_reference(ref_model, model)
+            refuse_tensor_parallel("ref_model", ref_model)
         with args.main_process_first(desc="rows"):
             if train_dataset is not None:
                 train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args)
@@ -123,9 +131,13 @@ class NCATrainer(Trainer):
         unread = args.torch_compile or args.logging_strategy == IntervalStrategy.NO
         self._clock = None if unread else LossClock(args.device)
         self._window_began: float | None = None
+        self.fingerprint = run_fingerprint(args, self.model, self.train_dataset, ref_model)
+        self.run_settings = run_settings(args, {})
+        self.loss_guard = LossGuard(self.accelerator)
         self._kto_baseline = KTOBaseline(self._log_ratios, self.accelerator)
         self._reference = PolicyReference(
             ref_model,
+            self.model,
             self.compute_logps,
             lambda rows: self._prepare_inputs(self._collator(rows)),
             self.accelerator,
@@ -137,9 +149,14 @@ class NCATrainer(Trainer):
         """Give all rows their reference log-probs, or keep the model that computes them; refuse beforehand what cannot run."""
         missing = any(missing_ref_logps(rows) is not None for rows in self._datasets())
         if missing:
-            self._reference.copy_of(self.model)
+            self._reference.keep_copy(self.model)
         if missing or self.args.share_prompt:
             self._place_policy()
+            with zero3_for_forward(self.model, self.accelerator):
+                self._run_before_training(missing)
+        self._reference.release()
+
+    def _run_before_training(self, missing: bool) -> None:
         if self.args.share_prompt:
             for rows in self._datasets():
                 longest = int(longest_sequences(rows).argmax())
@@ -148,7 +165,6 @@ class NCATrainer(Trainer):
             self._try_policy()
         self.train_dataset = map_datasets("train_dataset", self.train_dataset, self._rows_with_ref_logps)
         self.eval_dataset = map_datasets("eval_dataset", self.eval_dataset, self._rows_with_ref_logps)
-        self._reference.release()
 
     def _try_policy(self) -> None:
         """Log-probs of the shortest row: a model that has none, or LoRA on its head, is refused before the pass over all rows."""
@@ -164,6 +180,8 @@ class NCATrainer(Trainer):
         """For a forward before training, at whose beginning Trainer would do it."""
         if self.is_fsdp_enabled:
             self.model = self.model_wrapped = to_device_or_shard(self.model, self.accelerator)
+        elif self.is_deepspeed_enabled and self.deepspeed is None:
+            place_for_deepspeed(self.model, self.accelerator)
 
     def _rows_with_ref_logps(self, name: str, rows: Dataset) -> Dataset:
         return self._reference.rows_with_ref_logps(name, rows, self.model, trained=self.state.global_step > 0)
@@ -196,9 +214,7 @@ class NCATrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
         # the shards, for what it trains.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.model)
         return super().create_optimizer(model)
 
     def get_batch_samples(
@@ -327,6 +343,7 @@ class NCATrainer(Trainer):
             if self._clock:
                 logs["loss_time_share"] = self._clock.seconds() / seconds
             logs.update({name: value for name, value in means.items() if name != "loss"})
+            self._refuse_bad_losses(self.args.max_bad_losses)
         super().log(logs, start_time)
 
 

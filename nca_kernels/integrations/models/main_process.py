@@ -1,0 +1,31 @@
+"""What only the main process does, with its outcome on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+Result = TypeVar("Result")
+
+
+def on_main(accelerator: Accelerator, function: Callable[..., Result], *args: object) -> Result:
+    """What the function returns on the main process, on every rank; and its error on every rank, so that none waits."""
+    outcome: list[object] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function(*args)]
+        except Exception as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def print_main(line: str) -> None:
+    """Print on the main process alone."""
+    if PartialState().is_main_process:
+        print(line, flush=True)
