@@ -150,6 +150,29 @@ def test_the_attention_of_a_model_is_known():
     assert use(_compat.is_stateful, tiny("mamba"))
 
 
+def test_a_trainers_checkpoints(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    for name in ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint"):
+        assert hasattr(Trainer, name), f"transformers' Trainer has no {name}: a killed run leaves half checkpoints"
+    trainer = Trainer(nn.Linear(1, 1), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", hub_strategy="end"))
+    assert use(_compat.run_folder, trainer, None) == str(tmp_path)
+    trainer.create_optimizer_and_scheduler(1)
+    use(_compat.save_checkpoint, trainer, trainer.model, None)
+    assert (tmp_path / "checkpoint-0" / "trainer_state.json").exists()
+    use(_compat.push_checkpoint, trainer, str(tmp_path / "checkpoint-0"))  # nothing, by hub_strategy
+
+
+def test_an_adapter_that_transformers_injects_is_seen():
+    from architectures import tiny
+    from peft import LoraConfig
+
+    model = tiny("llama")
+    assert not use(_compat.has_injected_adapter, model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert use(_compat.has_injected_adapter, model)
+
+
 def _private_names(path):
     """What a file takes from another package under a name that starts with one underscore."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.long
 
@@ -27,3 +29,48 @@ def test_twenty_kills(tmp_path, request):
     assert sum(outcome["kills"] for outcome in told["outcomes"].values()) == 20
     assert sum(outcome["while_writing"] for outcome in told["outcomes"].values()) >= 2
     assert told["resumed"] >= 10
+
+
+FULL = """
+import sys
+from architectures import tiny
+from training import config, make_rows, trained
+folder, steps, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+options = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-3, "num_train_epochs": steps // 2}
+trainer = trained(folder, make_rows(8), tiny("llama", hidden_size=64), resume=resume, **options)
+trainer.save_model()
+print("ended at step", trainer.state.global_step)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, tmp_path):
+    """The run stops with the last good checkpoint's name; with room again it goes on to the bits of a run that had it all along."""
+
+    def train(folder, resume):
+        command = [sys.executable, "-c", FULL, str(folder), "12", resume]
+        return subprocess.run(command, env={**environment(), "PYTHONPATH": str(TESTS)}, capture_output=True, text=True)
+
+    stopped = train(small_disk / "run", "anew")
+    assert stopped.returncode != 0
+    last = stopped.stderr.splitlines()[-1]
+    assert "cannot be written" in last and "the last good checkpoint is" in last, stopped.stderr[-2000:]
+    named = Path(last.split("the last good checkpoint is ")[1])
+    assert (named / "checkpoint.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    resumed = train(small_disk / "run", "resume")
+    assert resumed.returncode == 0 and f"{named}: goes on after step" in resumed.stdout, resumed.stderr[-2000:]
+    alone = train(tmp_path / "alone", "anew")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    ours, wanted = (load_file(folder / "model.safetensors") for folder in (small_disk / "run", tmp_path / "alone"))
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())

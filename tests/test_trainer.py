@@ -1,6 +1,7 @@
 """NCATrainer in one process: its steps against loops written by hand, its scaling, its metrics, its errors."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -396,3 +397,32 @@ def test_several_gpus_without_a_launcher(tmp_path):
     with pytest.raises(ValueError, match="args: got 2 GPUs for one process, .*: use accelerate launch, or CUDA_VISIBLE_DEVICES=0"):
         NCATrainer(tiny("llama"), args, [ROW])
     assert not list(tmp_path.iterdir())
+
+
+def test_modes_that_split_sequences_or_layers_are_refused_by_name(tmp_path, monkeypatch):
+    """Their log-probs would be sums of parts."""
+    for settings, message in (
+        ({"cp_size": 2}, "parallelism_config: got cp_size 2 .context parallelism."),
+        ({"sp_size": 2}, "parallelism_config: got sp_size 2 .sequence parallelism."),
+        ({"tp_size": 2}, "parallelism_config: got tp_size 2 .tensor parallelism."),
+    ):
+        args = config(tmp_path)
+        args.parallelism_config = SimpleNamespace(**settings)
+        with pytest.raises(ValueError, match=message):
+            NCATrainer(tiny("llama"), args, [ROW])
+        (name, size) = next(iter(settings.items()))
+        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", str(size))  # as accelerate launch says it
+        with pytest.raises(ValueError, match=message):
+            NCATrainer(tiny("llama"), config(tmp_path), [ROW])
+        monkeypatch.undo()
+    for key, value in (("sequence_parallel_size", 2), ("tensor_parallel", {"autotp_size": 2})):
+        args = config(tmp_path)
+        args.deepspeed = {key: value}
+        with pytest.raises(ValueError, match=f"deepspeed: got {key}.* parallelism"):
+            NCATrainer(tiny("llama"), args, [ROW])
+    model = tiny("llama")
+    model._tp_size = 2
+    assert model.tp_size == 2
+    with pytest.raises(ValueError, match="model: got a model with tp_plan, split among 2 ranks .tensor parallelism."):
+        NCATrainer(model, config(tmp_path), [ROW])

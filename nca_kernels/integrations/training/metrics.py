@@ -26,6 +26,8 @@ class GroupMetrics:
     - ``kl``: ``- mean(logp - ref_logp)`` over all responses. It estimates KL(reference || policy), without bias, where the
       reference sampled the responses; elsewhere it is a mean drift and may be negative.
 
+    Under ``average`` rewards, log-probs and ``kl`` are averages over a response's tokens, and not sums.
+
     ``tokens`` is their sum: of those that went through the policy, without padding.
     """
 
