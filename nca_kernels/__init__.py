@@ -2,7 +2,8 @@
 
 from ._version import __version__
 from .dispatch import explain
-from .functional import TokenStats, selective_log_softmax, sequence_logps, token_logps, token_stats
+from .drop_in import selective_log_softmax
+from .functional import TokenStats, sequence_logps, token_logps, token_stats
 from .linear_functional import linear_sequence_logps, linear_token_logps, linear_token_stats
 from .losses import (
     GroupLoss,

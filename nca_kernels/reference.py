@@ -67,7 +67,7 @@ def token_stats(
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1) * poison
     at_label = _of_labels(z.detach(), labels, legal)
     top1 = (at_label == z.detach().amax(-1)) & ~logps.isnan() & ~ignored
-    return *(values.masked_fill(ignored, 0.0) for values in (logps, entropy, lse)), top1
+    return logps.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), top1
 
 
 def _transformed(logits: Tensor, ignored: Tensor, scale: float, softcap: float | None) -> Tensor:

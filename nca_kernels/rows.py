@@ -45,10 +45,8 @@ class RowOptions(NamedTuple):
         vocab_total: int | None = None,
     ) -> None:
         """The gradient of the logits from those of the rows' log-prob, log-sum-exp and entropy."""
-        upstream = {name: g for name, g in (("dlse", dlse), ("dentropy", dentropy)) if g is not None}
-        BACKENDS[self.backend].token_logps_bwd(
-            dlogps, logits, labels, stats, dlogits, **upstream, **self._arguments(logits, vocab_start, vocab_total)
-        )
+        arguments = self._arguments(logits, vocab_start, vocab_total)
+        BACKENDS[self.backend].token_logps_bwd(dlogps, logits, labels, stats, dlogits, dlse=dlse, dentropy=dentropy, **arguments)
 
     def transformation(self) -> dict[str, Any]:
         """The fields that say what is computed, as the functions of :mod:`nca_kernels.reference` take them."""

@@ -1,5 +1,6 @@
 """Every backend through one fixture. Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
 
+import importlib.util
 import os
 
 # One thread, here and in the processes that tests start, unless it is set: most tests are too small for two, which then wait for
@@ -74,4 +75,6 @@ def kernels(request):
 @pytest.fixture
 def default_dispatch(monkeypatch):
     """The dispatch of a user, for whom Triton's interpreter is not on."""
+    if importlib.util.find_spec("triton"):
+        import triton.language  # noqa: F401  # read while it is off, Triton's own functions would fail in later tests' kernels
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

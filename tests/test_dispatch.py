@@ -103,6 +103,7 @@ LAYERS = [
     "selfcheck",
     "experiments",
     "integrations",
+    "drop_in",
     "linear_functional",
     "functional",
     "losses",
