@@ -15,7 +15,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-CUDA_ARCHS = ("80", "90", "100")  # machine code for these, PTX of the last for what comes after
+# Machine code for GPUs of these compute capabilities, and those of a higher minor version. PTX for the rest: of 10.0, since
+# that of 12.0 would leave out 11.0.
+CUDA_ARCHS = ("75", "80", "90", "100", "120")
+CUDA_PTX = "100"
 COMPILER = os.environ.get("CXX", "c++").split()
 CXXFLAGS = os.environ.get("CXXFLAGS", "").split()
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]  # Apple's clang has none: one thread there
@@ -110,17 +113,18 @@ class BuildKernels(build_ext):
 
     def cuda_kernels(self):
         nvcc = find_nvcc()
-        # An older toolkit does not know the newest chips; the PTX of the last it knows serves them.
+        # A toolkit that does not know the newest chips has its last architecture's PTX serve them.
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         archs = [cc for cc in CUDA_ARCHS if f"compute_{cc}" in known]
         codes = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in archs]
-        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        ptx = CUDA_PTX if CUDA_PTX in archs else archs[-1]
+        codes.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
         objects = []
         for stem in ("token_logps", "group_loss", "unusable"):
             objects.append(str(self.objects / f"{stem}.o"))
             self.spawn(
-                [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=2", *codes, *self.include, "-c"]
-                + [str(ROOT / "csrc" / "cuda" / f"{stem}.cu"), "-o", objects[-1]]
+                [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0", *codes, *self.include, "-c"]
+                + [f"-DNCA_CUDA_PTX={ptx}0", str(ROOT / "csrc" / "cuda" / f"{stem}.cu"), "-o", objects[-1]]
             )
         return objects
 

@@ -72,7 +72,7 @@ py::tuple names(const char* const (&all)[kCount]) {
 
 PYBIND11_MODULE(NCA_MODULE, m) {
   using nogil = py::call_guard<py::gil_scoped_release>;
-  m.def("unusable", &nca::NCA_DEVICE::unusable, nogil());
+  m.def("unusable", &nca::NCA_DEVICE::unusable, py::arg("device"), nogil());
   m.def("instruction_set", &nca::NCA_DEVICE::instruction_set, nogil());
   define<TokenLogps, kTokenLogps, nca::NCA_DEVICE::token_logps_fwd>(m, "token_logps_fwd");
   define<TokenLogps, kTokenLogps, nca::NCA_DEVICE::token_logps_bwd>(m, "token_logps_bwd");

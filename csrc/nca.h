@@ -3,6 +3,7 @@
 // The caller has checked every argument; nothing here does it again.
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace nca {
 
@@ -74,10 +75,10 @@ struct GroupLoss {
 };
 
 namespace cpu {
-// Why nothing can run on this machine; null: it can.
-const char* unusable();
+// Why nothing can run on this machine; empty: it can.
+std::string unusable(int device);
 // The one that the row kernels run on here; throws where NCA_KERNELS_ISA names one that this machine or build lacks.
-const char* instruction_set();
+std::string instruction_set();
 // Both return the first row whose label is neither ignore_index nor in [0, vocab_total), or -1.
 std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
 std::int64_t token_logps_bwd(const TokenLogps&, const Launch&);
@@ -85,9 +86,10 @@ void group_loss_fwd(const GroupLoss&, const Launch&);
 }  // namespace cpu
 
 namespace cuda {
-const char* unusable();
-// The architectures that there is machine code for, as nvcc numbers them: 800,900,1000.
-const char* instruction_set();
+// Why nothing can run on that GPU, -1: the current one; empty: it can.
+std::string unusable(int device);
+// The architectures that there is machine code for, and the compute capability from which on there is PTX.
+std::string instruction_set();
 // No host sync: a row with a bad label gets NaN (logp and gradient), and both return -1.
 std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
 std::int64_t token_logps_bwd(const TokenLogps&, const Launch&);

@@ -54,7 +54,7 @@ def token_logps(
             modified in place. The gradient gets memory of its own where another tensor shares that storage (beside the one
             that ``logits`` is a view of), where saved-tensor hooks (checkpointing, offloading) hold the logits, in a compiled
             graph, and with ``backend="torch"``.
-        backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can (:func:`explain`).
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can (:func:`explain`).
 
     Returns:
         float32 (float64 for float64 logits), the shape of ``labels``; position ``t`` is that of the logits.

@@ -17,7 +17,7 @@ PACKAGE = Path(nca_kernels.__file__).parent
 
 
 def test_the_order_of_backends():
-    assert list(BACKENDS) == ["triton", "cuda", "cpu", "torch"]
+    assert list(BACKENDS) == ["cuda", "triton", "cpu", "torch"]
 
 
 def test_cpu_tensors_run_on_the_cpu_kernels(default_dispatch):
@@ -53,7 +53,7 @@ def test_a_named_backend_that_cannot_run_raises_with_every_reason(default_dispat
         nca_kernels.token_logps(logits, labels, backend="triton")
     with pytest.raises(RuntimeError, match="stride 1 along the vocabulary"):
         nca_kernels.token_logps(torch.randn(1, 3, 2).mT, labels, backend="cpu")
-    with pytest.raises(ValueError, match="backend: got 'metal', wanted None or one of 'triton'"):
+    with pytest.raises(ValueError, match="backend: got 'metal', wanted None or one of 'cuda', 'triton'"):
         nca_kernels.token_logps(logits, labels, backend="metal")
 
 

@@ -83,9 +83,9 @@ std::int64_t first_bad_row(const TokenLogps& p) {
 
 }  // namespace
 
-const char* unusable() { return nullptr; }
+std::string unusable(int) { return ""; }
 
-const char* instruction_set() { return isa().name; }
+std::string instruction_set() { return isa().name; }
 
 std::int64_t token_logps_fwd(const TokenLogps& p, const Launch& launch) {
   const std::int64_t bad_row = first_bad_row(p);

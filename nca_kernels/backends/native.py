@@ -66,13 +66,19 @@ class NativeBackend:
             reasons.append(f"runs on {self.NAME} tensors, not on {device.type}")
         if self._import_error:
             reasons.append(f"the extension nca_kernels._{self.NAME} was not built or does not load ({self._import_error})")
-        elif device.type == self.NAME and (why := self._module.unusable()):
+        elif device.type == self.NAME and (why := self._unusable(device)):
             reasons.append(f"the extension nca_kernels._{self.NAME} cannot run here ({why})")
         if dtype is not None and dtype not in DTYPES:
             reasons.append(f"has no {dtype} kernel (it has {', '.join(map(str, DTYPES))})")
         if loss is not None and not self._import_error and loss not in self._losses:
             reasons.append(f"has no kernel for the loss {loss!r}")
         return reasons
+
+    def _unusable(self, device: torch.device) -> str:
+        """Why the extension's code cannot run on this device, if so."""
+        if device.type == "cuda" and torch.version.hip:  # ROCm calls its GPUs "cuda", too
+            return "this is a GPU of ROCm, and the extension holds code for NVIDIA's"
+        return self._module.unusable(-1 if device.index is None else device.index)
 
     def description(self) -> str:
         """Which machine code it is, or why it does not load, for the user to read."""

@@ -26,6 +26,8 @@ EX2 = (
 REWRITES = {"group_loss": [LAUNCH], "token_logps": [LAUNCH, EX2], "unusable": []}
 
 # The kernels view a row's elements as words, which CUDA allows and C++ does not.
+# The architectures that nvcc would define, as setup.py asks for them.
+ARCHITECTURES = ["-D__CUDA_ARCH_LIST__=750,800,900,1000,1200", "-DNCA_CUDA_PTX=1000"]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing"]
 # As traps, undefined behaviour needs no runtime library; a misaligned 16-byte word is one.
 SANITIZER = ["-g", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
@@ -55,7 +57,7 @@ def build(folder: Path) -> Path:
     if stems != sorted(REWRITES):
         raise ValueError(f"csrc/cuda has {stems}, the rewrites are for {sorted(REWRITES)}")
     include = [HERE / "include", CSRC, CSRC / "cuda", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [*FLAGS, *(f"-I{path}" for path in include)]
+    flags = [*FLAGS, *ARCHITECTURES, *(f"-I{path}" for path in include)]
 
     def compile(source, *more):
         target = folder / f"{source.stem}.o"

@@ -8,6 +8,8 @@ import pytest
 import torch
 from oracle import DTYPES, assert_no_worse, plain_token_logps, value_and_grad
 
+import nca_kernels
+from nca_kernels.backends import native
 from nca_kernels.backends.native import NativeBackend
 from nca_kernels.loss_table import GroupLossArguments
 
@@ -44,6 +46,54 @@ def test_an_old_driver_is_a_reason(monkeypatch):
     (reason,) = cuda.unsupported("token_logps", torch.device("cuda"))
     assert reason.startswith("the extension nca_kernels._cuda cannot run here (CUDA driver version is insufficient")
     assert len(cuda.unsupported("token_logps", torch.device("cpu"))) == 1  # the wrong device, which needs no driver
+
+
+# What runs token_logps on each GPU, and what the other says: compute capability, CUDA version of the driver, cuda, triton.
+RUNS, TOO_OLD = "runs", "Triton needs compute capability 8.0"
+GPUS = {
+    "V100": (70, 13000, "the GPU has compute capability 7.0, and this build serves sm_75, sm_80,", TOO_OLD),
+    "T4": (75, 13000, RUNS, TOO_OLD),
+    "A100": (80, 13000, RUNS, "would run too"),
+    "RTX 4090": (89, 13000, RUNS, "would run too"),
+    "H100": (90, 13000, RUNS, "would run too"),
+    "B200": (100, 13000, RUNS, "would run too"),
+    "B300": (103, 13000, RUNS, "would run too"),
+    "Thor": (110, 13000, RUNS, "would run too"),
+    "Thor beside an older driver": (110, 12090, "by PTX alone; that takes a driver for CUDA 13.0, and this one is for 12.9", RUNS),
+    "RTX 5090 beside an older driver": (120, 12090, RUNS, "would run too"),  # there is machine code for it
+    "DGX Spark": (121, 13000, RUNS, "would run too"),
+    "one to come": (140, 13010, RUNS, "would run too"),
+}
+
+
+def _explained(monkeypatch, capability, driver):
+    """What explain() says of token_logps by each backend on such a GPU."""
+    monkeypatch.setenv("EMULATED_CAPABILITY", str(capability))
+    monkeypatch.setenv("EMULATED_DRIVER", str(driver))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    monkeypatch.setitem(native.cuda.__dict__, "_module", _cuda)
+    monkeypatch.setitem(native.cuda.__dict__, "_import_error", "")
+    lines = nca_kernels.explain("cuda:0", "token_logps").splitlines()[1:]
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_explain_tells_the_truth_of_every_gpu(monkeypatch, gpu):
+    capability, driver, *wanted = GPUS[gpu]
+    explained = _explained(monkeypatch, capability, driver)
+    assert list(explained)[:2] == ["cuda", "triton"]
+    for name, reason in zip(("cuda", "triton"), wanted, strict=True):
+        assert reason in explained[name], explained
+    assert "runs on cpu tensors, not on cuda" in explained["cpu"]
+    assert explained["torch"] == ("runs" if RUNS not in wanted else "would run too")
+
+
+def test_gpus_of_rocm_are_refused_with_a_reason(monkeypatch):
+    """PyTorch calls them "cuda"."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    explained = _explained(monkeypatch, 94, 13000)
+    assert "GPU of ROCm" in explained["cuda"] and "one of ROCm" in explained["triton"] and explained["torch"] == "runs"
 
 
 @pytest.mark.parametrize("V", [5, 5000])  # a row of a warp, and of a block

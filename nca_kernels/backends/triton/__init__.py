@@ -14,7 +14,7 @@ NAME = "triton"
 
 _OPS = ("token_logps", "token_stats", "group_loss", "linear_token_logps", "linear_token_stats")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MIN_CAPABILITY = (8, 0)  # bfloat16 arithmetic
+_MIN_CAPABILITY = (8, 0)  # Triton's own: https://github.com/triton-lang/triton#compatibility
 
 
 def unsupported(op: str, device: torch.device, dtype: torch.dtype | None, loss: str | None = None) -> list[str]:
@@ -40,13 +40,15 @@ def _wrong_device(device: torch.device) -> list[str]:
         return [] if interpreted else ["CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"]
     if device.type != "cuda":
         return [f"it runs on CUDA tensors, not on {device.type!r}"]
+    if torch.version.hip:  # ROCm calls its GPUs "cuda", too
+        return ["its settings are made for NVIDIA GPUs, and this is one of ROCm"]
     if not torch.cuda.is_available():
         return ["PyTorch sees no CUDA device"]
     capability = torch.cuda.get_device_capability(device)
     if capability >= _MIN_CAPABILITY:
         return []
     have, want = (".".join(map(str, c)) for c in (capability, _MIN_CAPABILITY))
-    return [f"it needs compute capability {want}, {device} has {have}"]
+    return [f"Triton needs compute capability {want}, {device} has {have}"]
 
 
 def token_logps_fwd(*args, **kwargs) -> None:

@@ -13,6 +13,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
+#define CUDART_VERSION 13000
 
 using std::min;
 
@@ -35,6 +36,7 @@ inline float ex2_approx_ftz(float x) {
 
 typedef struct Stream* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInsufficientDriver = 35 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 
 inline const char* cudaGetErrorString(cudaError_t status) {
   return status == cudaSuccess ? "no error" : "CUDA driver version is insufficient for CUDA runtime version";
@@ -43,6 +45,20 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
+  return cudaSuccess;
+}
+// Variables of the environment make another GPU and driver: EMULATED_CAPABILITY=75, EMULATED_DRIVER=12080.
+inline int emulated_number(const char* variable, int otherwise) {
+  const char* value = std::getenv(variable);
+  return value ? std::atoi(value) : otherwise;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int capability = emulated_number("EMULATED_CAPABILITY", 90);
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulated_number("EMULATED_DRIVER", CUDART_VERSION);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int* count) {
