@@ -28,13 +28,13 @@ class Rows(NamedTuple):
     Their number on a GPU is worth one sync: it is what makes ignored rows free. It stays on the host for the backward.
     """
 
-    index: Tensor  # int64 [M], the labelled rows first
-    count: Tensor  # int64 [1], on the CPU
+    indices: Tensor  # int64 [M], the labelled rows first
+    number: Tensor  # int64 [1], of labelled rows, on the CPU
 
     def selected(self) -> Tensor | None:
         """The indices of the labelled rows, ``None`` for all rows."""
-        (count,) = self.count.tolist()
-        return None if count == len(self.index) else self.index[:count]
+        (number,) = self.number.tolist()
+        return None if number == len(self.indices) else self.indices[:number]
 
 
 def is_captured(values: Tensor) -> bool:
@@ -44,12 +44,12 @@ def is_captured(values: Tensor) -> bool:
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Rows:
     """The rows with a label; in a CUDA graph all rows, where the row kernels still leave out ignored ones."""
-    index = torch.zeros_like(labels)
+    indices = torch.zeros_like(labels)
     if is_captured(labels):
-        return Rows(index, torch.tensor([len(labels)]))
+        return Rows(indices, torch.tensor([len(labels)]))
     found = (labels != ignore_index).nonzero().squeeze(1)
-    index[: len(found)] = found
-    return Rows(index, torch.tensor([len(found)]))
+    indices[: len(found)] = found
+    return Rows(indices, torch.tensor([len(found)]))
 
 
 def gather(values: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:
@@ -128,13 +128,14 @@ def frozen_backward(
 ) -> Tensor:
     """``dhidden = dlogps u + dlse (dtarget - u) + dentropy w``, since lse = target - logp; ``weight`` serves dlse alone."""
     ignored = labels == settings.ignore_index
-    dlogps, dlse, dentropy = (None if g is None else g.masked_fill(ignored, 0.0)[:, None] for g in upstream)
+    dlogps, dlse, dentropy = upstream.map(lambda gradient: gradient.masked_fill(ignored, 0.0)[:, None])
     dhidden = u.new_empty(u.shape, dtype=u.dtype if settings.group else dtype)
     if dlse is None and dentropy is None:
         torch.mul(u, dlogps, out=dhidden)
     else:
         total = u * (dlogps if dlse is None else dlogps - dlse)
         if dlse is not None:
+            assert weight is not None
             head = Head(weight, None, settings)
             _, held = head.column_of(labels, slice(0, len(weight)))
             # Ignored rows have any row of the head here, which may hold inf.
@@ -154,7 +155,7 @@ def backward(
     """
     selected = rows.selected()
     x, y, stats = gather(hidden, selected), gather(labels, selected), gather(stats, selected, dim=1)
-    upstream = Upstream(*(None if gradient is None else gather(gradient, selected) for gradient in upstream))
+    upstream = upstream.map(lambda gradient: gather(gradient, selected))
     tiling = Tiling(len(x), len(head.weight), kept, x.dtype, frozen=False)
     group = head.settings.group
     sums = _Sums(head, x, tiling, needs)
@@ -165,8 +166,7 @@ def backward(
             if not is_kept:
                 head.logits(x[block], columns, out=logits)
             dlogits = tiling.tile(block, columns)  # kept logits stay, for a second backward
-            rows_of_block = upstream.rows(block)
-            head.dlogits(rows_of_block, logits, y[block], stats[:, block].contiguous(), columns, out=dlogits)
+            head.dlogits(upstream.rows(block), logits, y[block], stats[:, block].contiguous(), columns, out=dlogits)
             sums.add(i, tiling.operand(dlogits))
     dx, dweight, dbias = sums.dx, sums.dweight, sums.dbias
     if needs[0]:

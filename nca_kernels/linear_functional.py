@@ -241,8 +241,11 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
-    hidden, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (hidden, weight, bias))
-    return hidden, weight, bias
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: str) -> None:

@@ -5,6 +5,7 @@ Shapes, for a tile of R rows and C columns: ``hidden [R, D]``, ``logits [R, C]``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,8 +42,11 @@ class Upstream(NamedTuple):
     dlse: Tensor | None = None
     dentropy: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Upstream:
+        return Upstream(function(self.dlogps), *(None if gradient is None else function(gradient) for gradient in self[1:]))
+
     def rows(self, rows: slice) -> Upstream:
-        return Upstream(*(None if gradient is None else gradient[rows] for gradient in self))
+        return self.map(lambda gradient: gradient[rows])
 
 
 @dataclass
@@ -71,9 +75,16 @@ class Head:
 
     def dlogits(self, upstream: Upstream, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor) -> None:
         """The gradient of the tile; ``out`` may be ``logits``."""
-        dlogps, dlse, dentropy = (None if gradient is None else gradient[None] for gradient in upstream)
+        dlse, dentropy = (None if gradient is None else gradient[None] for gradient in upstream[1:])
         self.settings.rows.backward(
-            dlogps, logits[None], labels[None], stats[:, None], out[None], dlse=dlse, dentropy=dentropy, **self._slice(columns)
+            upstream.dlogps[None],
+            logits[None],
+            labels[None],
+            stats[:, None],
+            out[None],
+            dlse=dlse,
+            dentropy=dentropy,
+            **self._slice(columns),
         )
 
     def _slice(self, columns: slice) -> dict[str, int]:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def _group(name: str):
-    return dist.distributed_c10d._resolve_process_group(name)
+from ._compat import process_group
 
 
 def all_gather(values: Tensor, group: str) -> tuple[int, Tensor]:
-    """This rank's number and everyone's ``values``, stacked. Merged locally, they are the same bits on every rank."""
-    group = _group(group)
-    parts = values.new_empty((group.size(), *values.shape))
-    dist.all_gather(list(parts), values.contiguous(), group=group)
-    return group.rank(), parts
+    """This rank's number and the ``values`` of all ranks, stacked. Merged locally, they are the same bits on every rank."""
+    ranks = process_group(group)
+    parts = values.new_empty((ranks.size(), *values.shape))
+    dist.all_gather(list(parts), values.contiguous(), group=ranks)
+    return ranks.rank(), parts
 
 
 def all_reduce(values: Tensor, group: str) -> Tensor:
     """The sum over ranks, in place."""
-    dist.all_reduce(values, group=_group(group))
+    dist.all_reduce(values, group=process_group(group))
     return values
 
 
-def local_head(weight: Tensor, bias: Tensor | None, tp_group) -> tuple[Tensor, Tensor | None, str]:
-    """This rank's rows of the head, and the name of the group that holds the others', "" for none.
+def local_head(weight: Any, bias: Any, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor | None, str]:
+    """This rank's rows of ``weight`` and ``bias``, and the name of the group whose ranks hold the others, "" for none.
 
     A ``DTensor`` sharded on dim 0 over one mesh dimension names its own group.
     """
@@ -50,7 +50,7 @@ def local_head(weight: Tensor, bias: Tensor | None, tp_group) -> tuple[Tensor, T
 def slice_of(rows: int, labels: Tensor, group: str) -> tuple[int, int]:
     """Where this rank's ``rows`` of the head start, and how many rows there are on all ranks.
 
-    Asked at every call: an answer that one rank remembers and another does not would leave the other waiting for ever.
+    Asked at every call: if one rank remembered the answer and another did not, that one would wait for ever.
     """
     mine = torch.stack((labels.new_tensor(rows), labels.new_tensor(labels.numel()), _checksum(labels)))
     rank, everyone = all_gather(mine, group)
@@ -67,6 +67,6 @@ def slice_of(rows: int, labels: Tensor, group: str) -> tuple[int, int]:
 
 
 def _checksum(labels: Tensor) -> Tensor:
-    """A number that labels in another order, or others, hardly share. Whole numbers wrap: the same on every device."""
+    """An order-sensitive hash of the labels; integers wrap alike on all devices."""
     position = torch.arange(labels.numel(), device=labels.device)
     return (labels.flatten() + 1_000_003 * position).pow(3).sum()

@@ -61,15 +61,21 @@ def _entropy_shift(share: Tensor, entropy: Tensor, part_entropy: Tensor) -> Tens
     return (share.log() + entropy - part_entropy).masked_fill(share == 0, 0.0)
 
 
+class _Entropy(NamedTuple):
+    """What the entropy's derivative takes beside a :class:`_Part`."""
+
+    entropy: Tensor  # [R]
+    mean: Tensor  # [R, D], sum of p_v dz_v/dhidden
+    w: Tensor  # [R, D], dentropy/dhidden
+
+
 class _Part(NamedTuple):
-    """Some columns under their own softmax. Sums over columns, ``[R]``, and ``[R, D]`` where they multiply dz_v/dhidden."""
+    """Some columns under their own softmax."""
 
     stats: Tensor  # [3 or 4, R]
-    rest: Tensor  # sum of p_v without the label's
-    n: Tensor  # sum of p_v dz_v/dhidden without the label's
-    entropy: Tensor | None = None
-    mean: Tensor | None = None  # sum of p_v dz_v/dhidden
-    w: Tensor | None = None  # dentropy/dhidden
+    rest: Tensor  # [R], sum of p_v without the label's
+    n: Tensor  # [R, D], sum of p_v dz_v/dhidden without the label's
+    entropy: _Entropy | None
 
 
 class FrozenGradient:
@@ -92,17 +98,16 @@ class FrozenGradient:
     def result(self) -> tuple[Tensor, Tensor | None]:
         """``u`` and ``w``, ``[R, D]`` in float32."""
         assert self.whole is not None, "add comes first"
-        stats, rest, n, *_, w = self.whole
+        stats, rest, n, entropy = self.whole
         _, held = self.head.column_of(self.labels, slice(0, len(self.head.weight)))
         rest = rest.masked_fill(stats[1] == 0, torch.nan).masked_fill(~held, 0.0)
-        return n.neg_().addcmul_(self.head.dtarget(self.labels, stats[2]), rest[:, None]), w
+        return n.neg_().addcmul_(self.head.dtarget(self.labels, stats[2]), rest[:, None]), entropy and entropy.w
 
     def _part(self, logits: Tensor, stats: Tensor, columns: slice) -> _Part:
         column, here = self.head.column_of(self.labels, columns)
         safe = _without_empty(stats)
         rest = torch.where(here & (stats[2] != -torch.inf), -torch.expm1(logps_of(safe)), 1.0)
         raised = self._raised(rest)
-        entropy = mean = w = None
         if self.with_entropy:
             upstream = Upstream(torch.zeros_like(raised), dentropy=raised)
             tile = self.tiling.spare_tile(self.block, columns)
@@ -113,10 +118,10 @@ class FrozenGradient:
         at_label = (self.row, column)
         logits.index_put_(at_label, logits[at_label].masked_fill_(here, 0.0))
         n = self._product(logits, columns, raised)
-        if self.with_entropy:
-            entropy = entropy_of(safe)
-            mean = torch.addcmul(n, self.head.dtarget(self.labels, stats[2]), ((1 - rest) * here)[:, None])
-        return _Part(stats, rest, n, entropy, mean, w)
+        if not self.with_entropy:
+            return _Part(stats, rest, n, None)
+        mean = torch.addcmul(n, self.head.dtarget(self.labels, stats[2]), ((1 - rest) * here)[:, None])
+        return _Part(stats, rest, n, _Entropy(entropy_of(safe), mean, w))
 
     def _raised(self, rest: Tensor) -> Tensor:
         """The upstream gradients of a tile, powers of two: 1 unless its entries could fall below what its dtype holds."""
@@ -137,12 +142,13 @@ def _merged(a: _Part, b: _Part) -> _Part:
     stats, shares = merge(torch.stack((a.stats, b.stats)))
     rest = shares[0] * a.rest + shares[1] * b.rest
     n = _weighted(shares, a.n, b.n)
-    if a.entropy is None:
-        return _Part(stats, rest, n)
+    if a.entropy is None or b.entropy is None:
+        return _Part(stats, rest, n, None)
     entropy = entropy_of(_without_empty(stats))
-    for part, share in zip((a, b), shares, strict=True):
+    for part, share in ((a.entropy, shares[0]), (b.entropy, shares[1])):
         part.w.addcmul_(part.mean, -_entropy_shift(share, entropy, part.entropy)[:, None])
-    return _Part(stats, rest, n, entropy, _weighted(shares, a.mean, b.mean), _weighted(shares, a.w, b.w))
+    mean, w = _weighted(shares, a.entropy.mean, b.entropy.mean), _weighted(shares, a.entropy.w, b.entropy.w)
+    return _Part(stats, rest, n, _Entropy(entropy, mean, w))
 
 
 def _weighted(shares: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ CONVERTED = 2 << 20
 # PyTorch >= 2.8 can leave the product of bfloat16 or float16 matrices in float32, and >= 2.10 add it to a float32 matrix (2.8 and
 # 2.9 want the addend in the operands' dtype); on CUDA alone.
 _HAS_MM_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
-_HAS_ADDMM_OUT_DTYPE = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
+_HAS_ADDMM_OUT_DTYPE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
 
 def aligned(columns: int) -> int:

@@ -30,6 +30,17 @@ def run(hidden, weight, bias, labels, frozen, **options):
     return logps.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)
 
 
+def run_stats(hidden, weight, bias, labels, frozen, **options):
+    """Statistics, and the gradients of hidden and, unless the head is frozen, of weight and bias."""
+    leaves = [t.clone().requires_grad_(i == 0 or not frozen) for i, t in enumerate((hidden, weight, bias))]
+    stats = nca_kernels.linear_token_stats(
+        leaves[0], leaves[1], labels, bias=leaves[2], entropy_gradient=True, backend="cpu", **options
+    )
+    upstream = torch.linspace(-1, 2, 38).view(2, 19)
+    (stats.logps * upstream + stats.lse * upstream.flip(1) + stats.entropy * upstream.roll(5, 1)).sum().backward()
+    return *(value.detach() for value in stats), *(leaf.grad for leaf in leaves if leaf.requires_grad)
+
+
 def same_bits_everywhere(tensor, ranks):
     everyone = [torch.empty_like(tensor) for _ in range(ranks)]
     dist.all_gather(everyone, tensor.contiguous())
@@ -57,12 +68,38 @@ def the_same_numbers_as_alone(rank, ranks, bounds):
                 torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-5)
             for ours in share[:2]:
                 same_bits_everywhere(ours, ranks)
+            whole = run_stats(hidden, weight, bias_now, labels_now, frozen, **{k: v for k, v in options.items() if k != "tp_group"})
+            share = run_stats(hidden, weight[rows], bias_now[rows], labels_now, frozen, **options)
+            wanted = [*whole[:5], *(gradient[rows] for gradient in whole[5:])]
+            for ours, alone in zip(share, wanted, strict=True):
+                torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-5)
+            for ours in share[:5]:
+                same_bits_everywhere(ours, ranks)
     low = [t.bfloat16() for t in (hidden, weight, bias)]
     for frozen in (True, False):
         whole = run(*low, labels, frozen)
         share = run(low[0], low[1][rows], low[2][rows], labels, frozen, tp_group=dist.group.WORLD)
         torch.testing.assert_close(share[0], whole[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(share[1], whole[1], rtol=0.02, atol=0.02)
+        wide = {"tp_group": dist.group.WORLD, "logits_dtype": torch.float32}
+        exact = run(*(t.float() for t in low), labels, frozen)
+        share = run(low[0], low[1][rows], low[2][rows], labels, frozen, **wide)
+        torch.testing.assert_close(share[0], exact[0], rtol=1e-6, atol=1e-5)
+
+
+def float16_with_a_likely_label(rank, bounds):
+    """u of a frozen head, 1 - p = 1e-4 at the label, does not fall below what float16 holds on any rank."""
+    hidden, weight, bias, labels = problem()
+    labels = labels.clamp(min=0)
+    direction = weight[labels]
+    hidden = hidden + (13 / direction.square().sum(-1, keepdim=True)) * direction
+    hidden, weight, bias = hidden.half(), weight.half(), torch.zeros_like(bias).half()
+    rows = slice(bounds[rank], bounds[rank + 1])
+    exact = run(*(t.float() for t in (hidden, weight, bias)), labels, True)[1]
+    ours = run(hidden, weight[rows], bias[rows], labels, True, tp_group=dist.group.WORLD)[1].float()
+    alone = run(hidden, weight, bias, labels, True)[1].float()
+    errors = [((values - exact).norm(dim=-1) / exact.norm(dim=-1)).median() for values in (ours, alone)]
+    assert errors[0] <= 1.5 * errors[1] + 1e-3, errors
 
 
 def one_collective_a_pass(share, hidden, labels):
@@ -111,6 +148,7 @@ def main(rank, ranks, store):
     hidden, weight, _, labels = problem()
     share = weight[bounds[rank] : bounds[rank + 1]]
     the_same_numbers_as_alone(rank, ranks, bounds)
+    float16_with_a_likely_label(rank, bounds)
     one_collective_a_pass(share, hidden, labels)
     dtensors(ranks)
     group = {"tp_group": dist.group.WORLD}

@@ -1,7 +1,7 @@
 """Operators of the linear family: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``.
 
 In mode "frozen" (only ``hidden`` needs a gradient) forward makes the derivatives ``u`` and ``w`` that backward scales; in mode
-"trained" backward works from the logits in ``kept`` or from new ones. ``index`` and ``count`` say which rows have a label
+"trained" backward works from the logits in ``kept`` or from new ones. ``indices`` and ``number`` say which rows have a label
 (:class:`nca_kernels.linear.Rows`).
 """
 
@@ -25,8 +25,8 @@ class Saved(NamedTuple):
     u: Tensor
     w: Tensor
     kept: Tensor
-    index: Tensor
-    count: Tensor
+    indices: Tensor
+    number: Tensor
 
 
 def run_forward(
@@ -38,8 +38,8 @@ def run_forward(
     rows = linear.labelled_rows(labels, settings.ignore_index)
     kept = _room_for_logits(hidden, weight, settings)
     passed = linear.forward(Head(weight, bias, settings), hidden, labels, rows, kept, stat_rows, with_entropy)
-    index = rows.index if settings.mode == "trained" else labels.new_empty(0)
-    return Saved(*passed, kept, index, rows.count)
+    indices = rows.indices if settings.mode == "trained" else labels.new_empty(0)
+    return Saved(*passed, kept, indices, rows.number)
 
 
 def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Settings, stat_rows: int, with_entropy: bool) -> Saved:
@@ -48,8 +48,8 @@ def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Setti
     frozen = settings.mode == "frozen"
     shapes = (stat_rows, M), (M if frozen else 0, D), (M if frozen and with_entropy else 0, D)
     stats, u, w = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    index = torch.empty_like(labels) if settings.mode == "trained" else labels.new_empty(0)
-    return Saved(stats, u, w, _room_for_logits(hidden, weight, settings), index, torch.empty(1, dtype=torch.int64))
+    indices = torch.empty_like(labels) if settings.mode == "trained" else labels.new_empty(0)
+    return Saved(stats, u, w, _room_for_logits(hidden, weight, settings), indices, torch.empty(1, dtype=torch.int64))
 
 
 def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> Tensor:
@@ -103,13 +103,13 @@ def linear_trained_bwd(
 ) -> tuple[Tensor, ...]:
     saved, needs, settings = _unpacked(arguments)
     upstream = _upstream(dlogps, dlse, dentropy, labels)
-    rows = linear.Rows(saved.index, saved.count)
+    rows = linear.Rows(saved.indices, saved.number)
     return linear.backward(Head(weight, bias, settings), upstream, hidden, labels, saved.stats, rows, saved.kept, needs)
 
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Saved, Any, Settings]:
-    count = len(Saved._fields)
-    return Saved(*arguments[:count]), arguments[count], Settings(*arguments[count + 1 :])
+    end = len(Saved._fields)
+    return Saved(*arguments[:end]), arguments[end], Settings(*arguments[end + 1 :])
 
 
 @torch.library.register_fake("nca_kernels::linear_trained_bwd", lib=LIBRARY)
