@@ -78,7 +78,7 @@ def test_architectures(name):
 def test_what_follows_the_head_is_found(name, scale, softcap):
     model = tiny(name)
     model_logps(model, *batch())
-    found = heads._INSPECTED[model]
+    found = heads._FOUND[model].post_head
     assert found.scale == pytest.approx(scale, rel=2e-7)
     assert found.softcap == (None if softcap is None else pytest.approx(softcap, rel=2e-7))
 
@@ -86,7 +86,7 @@ def test_what_follows_the_head_is_found(name, scale, softcap):
 def test_logits_scaled_in_place():
     model, inputs = after_head(lambda x: x.mul_(0.5)), batch()
     assert_same(model, inputs)
-    assert heads._INSPECTED[model].scale == 0.5
+    assert heads._FOUND[model].post_head.scale == 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +114,7 @@ def test_nothing_scored():
     model, (input_ids, attention_mask, labels) = tiny("gemma2"), batch()
     logps = model_logps(model, input_ids, attention_mask, torch.full_like(labels, -100))
     assert torch.equal(logps, torch.zeros(labels.shape))
-    assert model in heads._INSPECTED
+    assert model in heads._FOUND
 
 
 def test_inspected_once_and_without_a_trace():
@@ -299,7 +299,7 @@ def test_refused_heads(wrap, message):
     model = with_head(wrap)
     with pytest.raises(ValueError, match=message):
         model_logps(model, *batch())
-    assert model not in heads._INSPECTED
+    assert model not in heads._FOUND
 
 
 def after_head(function):

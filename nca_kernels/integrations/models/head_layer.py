@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from ..._compat import forward_attribute
+
 Compute = Callable[[nn.Linear, Tensor], Tensor]
 
 
@@ -17,7 +19,8 @@ class HeadLayer:
     runs is the head. More than one in a forward (LoRA on the head, several heads) means that it is not one linear map.
     """
 
-    def __init__(self, core: nn.Module):
+    def __init__(self, core: nn.Module) -> None:
+        self.core = core
         head = core.get_output_embeddings()
         self.kind = f"the head of {type(core).__name__}, a {type(head).__module__}.{type(head).__name__},"
         self.linears = {name: m for name, m in head.named_modules() if _is_plain(m)} if head is not None else {}
@@ -32,7 +35,7 @@ class HeadLayer:
     def replaced(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name, linear in self.linears.items():
-                place = _place(linear)
+                place = forward_attribute(linear)
                 stack.callback(_restore, linear, place, vars(linear).get(place))
                 setattr(linear, place, self._forward_of(name, linear))
             yield
@@ -72,14 +75,11 @@ def _not_begun(linear: nn.Linear, hidden: Tensor) -> Tensor:
     raise RuntimeError("model: its head ran in no forward of the module given for log-probs; wanted a call of that very module")
 
 
-def _place(linear: nn.Linear) -> str:
-    # accelerate puts its device moves into `forward` and calls the layer's own, kept as `_old_forward`, between them.
-    return "_old_forward" if "_old_forward" in vars(linear) else "forward"
-
-
 def _is_plain(module: nn.Module) -> bool:
     # Quantised and tensor-parallel layers are nn.Linear too, with a forward of their own.
-    return isinstance(module, nn.Linear) and getattr(getattr(module, _place(module)), "__func__", None) is nn.Linear.forward
+    return (
+        isinstance(module, nn.Linear) and getattr(getattr(module, forward_attribute(module)), "__func__", None) is nn.Linear.forward
+    )
 
 
 def _restore(linear: nn.Linear, place: str, own: object) -> None:

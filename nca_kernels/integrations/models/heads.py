@@ -3,23 +3,33 @@
 The model's own forward runs and calls its head as always. So what happens around the head happens (FSDP's unshard, ZeRO-3's
 gather, accelerate's device moves), and what the model does to its hidden states before it, too. Only the forward of the
 head's linear layer is replaced (``head_layer``), by :func:`nca_kernels.linear_token_logps` of what it was given. What the
-model does after the head is found out, and compared with its own logits, at first use (``post_head``).
+model does after the head is found, and compared with its own logits, at first use (``post_head``); every call checks that it
+is still the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ... import linear_token_logps
+from ..._compat import is_compiled
 from .head_layer import HeadLayer
-from .post_head import PostHead, inspect, logits_of
-
-_INSPECTED: WeakKeyDictionary[nn.Module, PostHead] = WeakKeyDictionary()
+from .post_head import (
+    PostHead,
+    Probe,
+    find_post_head,
+    learned_map,
+    logits_of,
+    names_of,
+    parameters_after_head,
+    probe_values,
+)
 
 
 def model_logps(
@@ -30,9 +40,10 @@ def model_logps(
     *,
     shift: int = 1,
     ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
     backend: str | None = None,
-    **inputs: object,
+    **inputs: Any,
 ) -> Tensor:
     r"""The log-probability of each label under the model, without its ``[N, T, V]`` logits.
 
@@ -40,20 +51,37 @@ def model_logps(
         model: the module that you would call: a transformers causal LM, plain, split over devices by ``device_map``, or
             inside PEFT, ``DistributedDataParallel`` or FSDP2 (``fully_shard``).
         input_ids, attention_mask: as the model takes them.
-        labels: the input ids, with ``ignore_index`` at the positions that are not to be scored.
+        labels: the input ids, with ``ignore_index`` at the positions that have no label.
         shift: 1, the Hugging Face convention: position ``t`` holds the log-prob of ``labels[:, t + 1]``, the last one 0.
-        ignore_index, save_budget, backend: as in :func:`nca_kernels.linear_token_logps`.
+        ignore_index, logits_dtype, save_budget, backend: as in :func:`nca_kernels.linear_token_logps`.
         inputs: what else the model's forward takes (``position_ids``, ``pixel_values``, ...).
 
     Returns:
-        float32 ``[N, T]``, 0 at ignored positions; its sum over ``T`` is each response's log-prob.
+        float32 ``[N, T]``, 0 at ignored positions; its sum over ``T`` is each response's log-prob. Gradients reach what the
+        model's own logits would reach.
 
     Raises:
         ValueError: a head that is not one plain linear layer (quantised, several heads, LoRA on it), logits that are not
-            its output scaled and softcapped, or log-probs that differ from those of the model's own logits at first use.
+            its output scaled and softcapped, a scale or softcap that is a trained parameter (the kernels give it no gradient),
+            or log-probs that differ from those of the model's own logits at first use. A scale or softcap that changes
+            between calls is followed, at the price of three forwards more.
     """
-    with logps_for_logits(model, labels, shift=shift, ignore_index=ignore_index, save_budget=save_budget, backend=backend):
+    options = {
+        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
+    }  # fmt: skip
+    with logps_for_logits(model, labels, **options):
         return model(input_ids=input_ids, attention_mask=attention_mask, **{"use_cache": False, **inputs}).logits
+
+
+class _Found(NamedTuple):
+    """What is known of a model's map from the head's output to ``.logits``."""
+
+    post_head: PostHead
+    with_gradients: bool  # found while gradients were wanted, so that trained parameters would have shown
+
+
+# Read and written outside of compiled regions alone: each entry more would otherwise compile every model anew.
+_FOUND: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -63,6 +91,7 @@ def logps_for_logits(
     *,
     shift: int = 1,
     ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
     backend: str | None = None,
 ) -> Iterator[None]:
@@ -75,81 +104,121 @@ def logps_for_logits(
         with logps_for_logits(model, batch["labels"]):
             logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     """
-    core = causal_lm(model)
-    head = HeadLayer(core)
-    logps = None
-    inspecting = False
+    options = {
+        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
+    }  # fmt: skip
+    swap = _Swap(model, labels, options)
+    before, after = swap.before, swap.after
+    if is_compiled(model):  # model.compile() traces a module's hooks, too
+        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+    with swap.head.replaced(), ExitStack() as hooks:
+        # First of all hooks: the forwards that find the map may not run inside one that FSDP has begun.
+        hooks.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+        yield
 
-    def score(linear: nn.Linear, hidden: Tensor) -> Tensor:
-        nonlocal logps
+
+class _Swap:
+    """Log-probs of ``labels`` in place of the logits, for the forwards of a model while its head is replaced."""
+
+    def __init__(self, model: nn.Module, labels: Tensor, options: dict[str, Any]) -> None:
+        self.core = causal_lm(model)
+        self.head = HeadLayer(self.core)
+        self.labels, self.options = labels, options
+        self.finding = self.repeating = False
+
+    def compute(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
+        """In place of the head's output."""
+        labels = self.labels
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"labels: got shape {list(labels.shape)}, wanted {list(hidden.shape[:-1])}, one for each hidden state that "
-                f"reaches {head.kind} (no logits_to_keep, no virtual tokens before the prompt)"
+                f"reaches {self.head.kind} (no logits_to_keep, no virtual tokens before the prompt)"
             )
-        logps = linear_token_logps(
+        self.logps = linear_token_logps(
             hidden,
             linear.weight,
             labels.to(hidden.device),
             bias=linear.bias,
-            shift=shift,
-            ignore_index=ignore_index,
-            save_budget=save_budget,
-            backend=backend,
-            **_INSPECTED[core]._asdict(),
+            scale=self.post_head.scale,
+            softcap=self.post_head.softcap,
+            **self.options,
         )
-        return logps[..., None].clone()  # the model may scale its logits in place
+        return Probe.apply(self.logps)
 
-    def before(module: nn.Module, args: tuple, inputs: dict) -> None:
-        nonlocal inspecting
-        if inspecting:
+    def before(self, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        """Before the model's forward: the map is known, and the head is replaced."""
+        if self.finding:
             return
-        if inputs.get("past_key_values") is not None:  # the forwards of `inspect` would append to it
+        if inputs.get("past_key_values") is not None:  # the forwards of `find_post_head` would append to it
             raise ValueError("past_key_values: got a cache, wanted None: log-probs are of whole sequences")
-        if core not in _INSPECTED:
-            inspecting = True
-            try:
-                with _random_state_kept(core):
-                    _INSPECTED[core] = inspect(head, lambda: module(*args, **inputs), backend)
-            finally:
-                inspecting = False
-        head.begin(score)
+        found = _FOUND.get(self.core)
+        if found is None or (torch.is_grad_enabled() and not found.with_gradients):
+            found = _FOUND[self.core] = self._find(lambda: module(*args, **inputs))
+        self.post_head = found.post_head
+        self.head.begin(self.compute)
 
-    def after(module: nn.Module, args: tuple, output: object) -> None:
-        if inspecting:
-            return
-        head.end()
+    def _find(self, call: Callable[[], object]) -> _Found:
+        with_gradients = torch.is_grad_enabled()
+        self.finding = True
+        try:
+            with _random_state_kept(self.core):
+                return _Found(find_post_head(self.head, call, self.options["backend"], with_gradients), with_gradients)
+        finally:
+            self.finding = False
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
+        """After the model's forward: its output is replaced, or the forward repeated where the map has changed."""
+        if self.finding:
+            return output
+        self.head.end()
         logits = logits_of(output)
-        if logits.shape != (*labels.shape, 1):
+        if logits.shape != (*self.labels.shape, 1):
             raise ValueError(
-                f"model: between the linear layer of {head.kind} and .logits its output {[*labels.shape, 1]} became "
+                f"model: between the linear layer of {self.head.kind} and .logits its output {[*self.labels.shape, 1]} became "
                 f"{list(logits.shape)}. Use token_logps on the logits"
             )
-        output.logits = _Anchored.apply(logps.to(logits.device), logits)
+        if learned := parameters_after_head(self.logps, logits):
+            raise learned_map(self.head, names_of(self.core, learned))
+        if self._map_has_changed(logits):
+            return self._repeated(lambda: module(*args, **inputs))
+        output.logits = _Anchored.apply(self.logps.to(logits.device), logits)
+        return output
 
-    if model._compiled_call_impl is not None:  # model.compile() traces a module's hooks, too
-        before, after = torch.compiler.disable(before), torch.compiler.disable(after)
-    with head.replaced(), ExitStack() as hooks:
-        # First of all hooks: the forwards of `inspect` may not run inside one that FSDP has begun.
-        hooks.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
-        hooks.callback(model.register_forward_hook(after).remove)
-        yield
+    def _map_has_changed(self, logits: Tensor) -> bool:
+        """One sync on a GPU; a CUDA graph replays the map that it has recorded."""
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        few = logits.detach().flatten()[:64]
+        return bool(self.post_head.differs(probe_values(few).flatten(), few).any())
+
+    def _repeated(self, call: Callable[[], object]) -> object:
+        """The forward once more, with the map that holds now (a scale of the configuration was changed, say)."""
+        _FOUND.pop(self.core, None)
+        if self.repeating:
+            raise ValueError(
+                f"model: what becomes of the output of {self.head.kind} changes from call to call. Use token_logps on the logits"
+            )
+        self.repeating = True
+        try:
+            return call()
+        finally:
+            self.repeating = False
 
 
 class _Anchored(torch.autograd.Function):
     """The log-probs as the head gave them, with the model's output in their graph, where it gets a zero gradient.
 
-    The output is what the model made of the log-probs on their way (scaled, squashed, rounded), so its values are of no
-    use; but FSDP and ZeRO-3 make the weights whole again for the backward when a gradient reaches a module's output.
+    FSDP and ZeRO-3 make the weights whole again for the backward when a gradient reaches a module's output.
     """
 
     @staticmethod
-    def forward(ctx, logps: Tensor, output: Tensor) -> Tensor:
+    def forward(ctx: Any, logps: Tensor, output: Tensor) -> Tensor:
         ctx.output = output.new_zeros(()).expand(output.shape)
-        return logps.view_as(logps)
+        return logps.clone()  # a view could not be changed in place
 
     @staticmethod
-    def backward(ctx, dlogps: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor, Tensor]:
         return dlogps, ctx.output
 
 
@@ -169,7 +238,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _random_state_kept(core: nn.Module) -> Iterator[None]:
-    """A run that inspects draws the same dropout masks after it as one that does not."""
+    """A run that finds the map draws the same dropout masks after it as one that does not."""
     devices = {p.device.index for p in core.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices):
         yield
