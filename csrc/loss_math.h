@@ -26,14 +26,18 @@ struct Alone {
   void sync() const {}
 };
 
-// A sum of many terms in float32 (Kahan): one after the other, those of K = 67 were 10 ulp off. Float64 is slow on a GPU.
+// A sum of many terms in float32, by sixteens: one after the other, the pairs of K = 67 were 10 ulp off. Float64 is slow on
+// a GPU.
 struct Sum {
-  float total = 0, excess = 0;
+  float sixteens = 0, rest = 0;
+  int terms = 0;
   NCA_HOST_DEVICE void add(float term) {
-    const float corrected = term - excess, next = total + corrected;
-    excess = next - next == 0 ? (next - total) - corrected : 0.f;  // an infinite sum stays infinite
-    total = next;
+    rest += term;
+    if (++terms % 16) return;
+    sixteens += rest;
+    rest = 0;
   }
+  NCA_HOST_DEVICE float total() const { return sixteens + rest; }
 };
 
 // sigmoid(x), sigmoid(-x), log(1 + exp(x)) = -log sigmoid(-x) and log(1 + exp(-x)), all from one exponential that never
@@ -97,9 +101,9 @@ struct Prompt {
   // A response of weight 0 may be impossible, and 0 * inf is NaN.
   NCA_HOST_DEVICE static float weighted(float w, float term) { return w > 0 ? w * term : 0.f; }
 
-  // Whether i's score is above j's, and that makes a pair.
-  NCA_HOST_DEVICE bool is_pair(std::int64_t i, std::int64_t j) const {
-    return score(i) > score(j) && (p.pairs == kAll || score(i) == best);
+  // Whether a response of the one score is the better of a pair with one of the other.
+  NCA_HOST_DEVICE bool is_pair(float better, float worse) const {
+    return better > worse && (p.pairs == kAll || better == best);
   }
   // What a pair compares (r, or l / n for IPO) and its derivative by logp.
   NCA_HOST_DEVICE float margin(std::int64_t i) const { return p.name == kIPO ? log_ratio(i) / length(i) : reward(i); }
@@ -155,19 +159,18 @@ NCA_HOST_DEVICE float nca_loss(const Prompt<Lanes>& q) {
   return q.lanes.sum(own_loss);
 }
 
-struct PairTerm {
-  float loss, slope;
-};
-
-NCA_HOST_DEVICE inline PairTerm pair_term(const GroupLoss& p, float margin) {
-  if (p.name == kDPO) {
-    const Logistic at(margin);
-    if (p.label_smoothing == 0) return {at.softplus_minus, -at.sigmoid_minus};  // not 0 * inf
-    const float e = p.label_smoothing;
-    return {(1.f - e) * at.softplus_minus + e * at.softplus, e * at.sigmoid - (1.f - e) * at.sigmoid_minus};
-  }
-  const float miss = margin - 0.5f / p.beta;
-  return {miss * miss, 2.f * miss};
+// A pair's loss and its derivative by the margin. Apart, since the worse of a pair needs the second alone.
+NCA_HOST_DEVICE inline float pair_value(const GroupLoss& p, float margin) {
+  const float e = p.label_smoothing, miss = margin - 0.5f / p.beta;
+  if (p.name == kIPO) return miss * miss;
+  const Logistic at(margin);
+  return e > 0 ? (1.f - e) * at.softplus_minus + e * at.softplus : at.softplus_minus;  // not 0 * inf
+}
+NCA_HOST_DEVICE inline float pair_slope(const GroupLoss& p, float margin) {
+  const float e = p.label_smoothing, miss = margin - 0.5f / p.beta;
+  if (p.name == kIPO) return 2.f * miss;
+  const Logistic at(margin);
+  return e * at.sigmoid - (1.f - e) * at.sigmoid_minus;
 }
 
 // Each response gathers its own derivative, as the better and as the worse one of its pairs.
@@ -177,25 +180,26 @@ NCA_HOST_DEVICE float pair_loss(const Prompt<Lanes>& q) {
   Sum own_loss;
   for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
-    Sum slope;
+    const float own_score = q.score(i), own_margin = q.margin(i);
+    Sum loss, slope;
     for (std::int64_t j = 0; j < q.K; ++j) {
       if (!q.is_valid(j)) continue;
-      const bool better = q.is_pair(i, j);
-      if (!better && !q.is_pair(j, i)) continue;
-      const float margin = q.margin(i) - q.margin(j);
-      const PairTerm term = pair_term(q.p, better ? margin : -margin);
-      slope.add(better ? term.slope : -term.slope);
+      const bool better = q.is_pair(own_score, q.score(j));
+      if (!better && !q.is_pair(q.score(j), own_score)) continue;
+      const float margin = better ? own_margin - q.margin(j) : q.margin(j) - own_margin;
+      slope.add(better ? pair_slope(q.p, margin) : -pair_slope(q.p, margin));
       if (!better) continue;
-      own_loss.add(term.loss);
+      loss.add(pair_value(q.p, margin));
       ++own_pairs;
     }
-    q.p.dlogps[q.first + i] = q.dmargin(i) * slope.total;  // until the number of pairs is known
+    own_loss.add(loss.total());
+    q.p.dlogps[q.first + i] = q.dmargin(i) * slope.total();  // until the number of pairs is known
   }
   const float pairs = fmaxf(q.lanes.sum(static_cast<float>(own_pairs)), 1.f);
   for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (q.is_valid(i)) q.put(i, q.p.dlogps[q.first + i] / pairs);
   }
-  return q.lanes.sum(own_loss.total) / pairs;
+  return q.lanes.sum(own_loss.total()) / pairs;
 }
 
 template <class Lanes>
@@ -237,7 +241,7 @@ NCA_HOST_DEVICE float plackett_luce(const Prompt<Lanes>& q) {
     for (std::int64_t j = 0; j < q.K; ++j) {
       if (j != i && q.is_valid(j) && q.score(j) <= q.score(i)) others.add(expf(q.reward(j) - q.reward(i) - top));
     }
-    D[i] = top > 0 ? top + logf(others.total + expf(-top)) : log1pf(others.total);
+    D[i] = top > 0 ? top + logf(others.total() + expf(-top)) : log1pf(others.total());
     own_loss.add(D[i]);
   }
   q.lanes.sync();
@@ -248,10 +252,10 @@ NCA_HOST_DEVICE float plackett_luce(const Prompt<Lanes>& q) {
     for (std::int64_t i = 0; i < q.K; ++i) {
       if (i != k && q.is_valid(i) && q.score(i) >= q.score(k)) slope.add(expf(q.reward(k) - q.reward(i) - D[i]));
     }
-    q.put(k, q.p.beta * learns * slope.total);
+    q.put(k, q.p.beta * learns * slope.total());
   }
   q.lanes.sync();
-  return learns * q.lanes.sum(own_loss.total);
+  return learns * q.lanes.sum(own_loss.total());
 }
 
 template <class Lanes>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
@@ -181,7 +182,7 @@ def check_terms(name: str, label_smoothing: float, nll_weight: float) -> tuple[f
     return label_smoothing, checks.non_negative("nll_weight", nll_weight)
 
 
-def _refuse_unused(name: str, given: dict[str, object], used: tuple[str, ...] = ()) -> None:
+def _refuse_unused(name: str, given: Mapping[str, object], used: tuple[str, ...] = ()) -> None:
     """``ValueError`` for an argument that neither the loss ``name`` takes nor another term uses: it would have no effect."""
     for argument, value in given.items():
         if value is not None and argument not in LOSSES[name].takes and argument not in used:

@@ -8,6 +8,7 @@ The derivations are in ``docs/math.md``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -290,7 +291,7 @@ def group_loss(
         "baseline": baseline,
         "label_smoothing": label_smoothing,
     }
-    own = {argument: given[argument] for argument in takes}
+    own: dict[str, Any] = {argument: given[argument] for argument in takes}
     losses = FUNCTIONS[name](log_ratios, scores, mask, beta=beta, **own)
     bad = log_ratios.isnan() | scores.isnan()
     if nll_weight > 0:
