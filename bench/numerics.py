@@ -57,6 +57,11 @@ def tables(
         [_sequences(dtype, T, packed, device) for dtype in DTYPES for packed in (False, True) for T in lengths],
     )
     yield (
+        "token_stats: entropy in 2^-23 (1 + truth) / log-sum-exp in 2^-23 (1 + |truth|) / the gradient of both in eps of its row's "
+        f"largest; eps is that of the dtype, V = {vocabs[-1]}",
+        [_stats(dtype, logits, vocabs[-1], device) for dtype in DTYPES for logits in LOGITS],
+    )
+    yield (
         "linear_token_logps: log-probs in eps (1 + |truth|) / gradients in eps of the largest; eps is that of the dtype, "
         f"M = {head[0]}, D = {head[1]}, V = {head[2]}",
         [_head(dtype, trained, head, device) for dtype in DTYPES[:2] for trained in (False, True)],
@@ -102,14 +107,18 @@ def _largest(error: Tensor) -> str:
 # --- from logits -----------------------------------------------------------------------------------------------------
 
 
+def _problem(kind: str, V: int) -> tuple[Tensor, Tensor]:
+    logits, labels = torch.randn(ROWS, V), torch.randint(V, (ROWS,))
+    if kind != "certain":
+        return logits * float(kind.removeprefix("x ")), labels
+    # 1 - p from about 1e-1 to 1e-5.
+    rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return logits.scatter_(1, labels[:, None], (rest + torch.linspace(2, 11, ROWS))[:, None]), labels
+
+
 def _tokens(dtype: torch.dtype, kind: str, V: int, device: str) -> Row:
-    logits, labels, upstream = torch.randn(ROWS, V), torch.randint(V, (ROWS,)), torch.randn(ROWS, device=device)
-    if kind == "certain":
-        # 1 - p from about 1e-1 to 1e-5.
-        rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-        logits.scatter_(1, labels[:, None], (rest + torch.linspace(2, 11, ROWS))[:, None])
-    else:
-        logits *= float(kind.removeprefix("x "))
+    logits, labels = _problem(kind, V)
+    upstream = torch.randn(ROWS, device=device)
     logits, labels = logits.to(device, dtype), labels.to(device)
     truth = LogpTruth(lambda start, stop: logits[start:stop].double(), V, labels, upstream)
     [(_, logps, dlogits)] = truth.chunks()
@@ -118,6 +127,40 @@ def _tokens(dtype: torch.dtype, kind: str, V: int, device: str) -> Row:
     for name, function in {**_ours(nca_kernels.token_logps, device), **PEERS}.items():
         values, gradient = _pass(lambda x: function(x, labels), logits, upstream)  # noqa: B023
         row[name] = f"{_largest((values - logps) / (EPS * (1 + logps.abs())))} / {_largest(_spacings(gradient, dlogits, dtype))}"
+    return row
+
+
+def _plain_stats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1), logits.logsumexp(-1)
+
+
+STATS_PEERS = {"PyTorch in float32": lambda x, y: _plain_stats(x.float(), y), "PyTorch in the dtype": _plain_stats}
+
+
+def _stats(dtype: torch.dtype, kind: str, V: int, device: str) -> Row:
+    logits, labels = _problem(kind, V)
+    logits, labels = logits.to(device, dtype), labels.to(device)
+    upstream = torch.randn(2, ROWS, device=device)
+
+    def run(function: Callable, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = leaf.detach().requires_grad_()
+        entropy, lse = function(leaf, labels)
+        (gradient,) = torch.autograd.grad((entropy, lse), leaf, [g.to(entropy.dtype) for g in upstream])
+        return entropy.detach().double(), lse.detach().double(), gradient.double()
+
+    def ours(x: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        stats = nca_kernels.token_stats(x, y, entropy_gradient=True, backend=backend)
+        return stats.entropy, stats.lse
+
+    truth = run(_plain_stats, logits.double())
+    spacing = torch.finfo(dtype).eps * truth[2].abs().amax(-1, keepdim=True)
+    row = {"dtype": _name(dtype), "logits": kind}
+    for name, function in {**_ours(ours, device), **STATS_PEERS}.items():
+        entropy, lse, gradient = run(function, logits)
+        cells = [(got - exact) / (EPS * (1 + exact.abs())) for got, exact in ((entropy, truth[0]), (lse, truth[1]))]
+        cells.append((gradient - truth[2]) / spacing)
+        row[name] = " / ".join(map(_largest, cells))
     return row
 
 

@@ -95,7 +95,8 @@ def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None
     Args:
         tensor_or_device: a tensor (its device, dtype and, as logits, strides count), a device, or its name (float32 is
             assumed).
-        op: ``"token_logps"``, ``"token_stats"``, ``"linear_token_logps"`` or ``"group_loss"``; all of them where ``None``.
+        op: ``"token_logps"``, ``"token_stats"``, ``"linear_token_logps"``, ``"linear_token_stats"`` or ``"group_loss"``; all of
+            them where ``None``.
 
     Returns:
         A table as text: a line for each operation and backend.

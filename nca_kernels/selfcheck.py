@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .functional import token_logps
-from .linear_functional import linear_token_logps
+from .functional import token_logps, token_stats
+from .linear_functional import linear_token_logps, linear_token_stats
 from .loss_table import LOSSES
 from .losses import group_loss
 
@@ -104,13 +104,24 @@ def _problems() -> Iterator[Problem]:
     def from_logits(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
         return token_logps(logits, labels, shift=1, softcap=30.0, backend=backend)
 
+    def stats_of_logits(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
+        stats = token_stats(logits, labels, shift=1, softcap=30.0, entropy_gradient=True, backend=backend)
+        return torch.stack((stats.logps, stats.entropy, stats.lse, stats.top1.to(stats.lse.dtype)))
+
     def from_hidden(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, backend: str) -> Tensor:
         return linear_token_logps(hidden, weight, labels, bias=bias, shift=1, backend=backend)
 
-    yield Problem("token_logps", from_logits, {"logits": 4 * normal(N, T, V), "labels": labels}, ("logits",))
+    def stats_of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, backend: str) -> Tensor:
+        stats = linear_token_stats(hidden, weight, labels, bias=bias, shift=1, entropy_gradient=True, backend=backend)
+        return torch.stack((stats.logps, stats.entropy, stats.lse))
+
+    logits = {"logits": 4 * normal(N, T, V), "labels": labels}
+    yield Problem("token_logps", from_logits, logits, ("logits",))
+    yield Problem("token_stats", stats_of_logits, logits, ("logits",))
     head = {"hidden": normal(N, T, D), "weight": normal(V, D) / 4, "bias": normal(V), "labels": labels}
     for leaves in (("hidden",), ("hidden", "weight", "bias")):  # a frozen head and a trained one take different ways
         yield Problem("linear_token_logps", from_hidden, head, leaves)
+        yield Problem("linear_token_stats", stats_of_hidden, head, leaves)
 
     group = {
         "logps": 5 * normal(B, K) - 30,
@@ -121,7 +132,7 @@ def _problems() -> Iterator[Problem]:
     }
     for name in LOSSES:
 
-        def loss(name: str = name, **tensors: object) -> Tensor:
+        def loss(name: str = name, **tensors: Any) -> Tensor:
             lengths = tensors.pop("lengths")
             given = {"alpha": 0.5, "lengths": lengths, "baseline": 0.5}
             own = {argument: given[argument] for argument in LOSSES[name].takes if argument in given}

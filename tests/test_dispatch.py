@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import nca_kernels
-from nca_kernels import dispatch
-from nca_kernels.backends import BACKENDS
+from nca_kernels import dispatch, drop_in
+from nca_kernels.backends import BACKENDS, native
 
 PACKAGE = Path(nca_kernels.__file__).parent
 
@@ -43,6 +43,42 @@ def test_falling_to_torch_warns_once(default_dispatch):
         nca_kernels.token_logps(torch.randn(5, 4, 6).transpose(1, 2), torch.zeros(5, 6, dtype=torch.int64))
     assert "cpu     the kernels read rows of stride 1" in nca_kernels.explain(logits, "token_logps")
     assert torch.allclose(ours, nca_kernels.token_logps(logits.contiguous(), labels), atol=1e-6)
+
+
+X, Y = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+H, W, L = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(2, 3)
+
+
+def _loss(name):
+    return lambda: getattr(nca_kernels, name)(L, L)
+
+
+CALLS = {
+    "token_logps": lambda: nca_kernels.token_logps(X, Y),
+    "sequence_logps": lambda: nca_kernels.sequence_logps(X, Y, shift=1, average=True),
+    "token_stats": lambda: nca_kernels.token_stats(X, Y),
+    "selective_log_softmax": lambda: nca_kernels.selective_log_softmax(X, torch.stack((Y, Y), -1)),
+    "selective_log_softmax_and_entropy": lambda: drop_in.selective_log_softmax_and_entropy(X, Y),
+    "linear_token_logps": lambda: nca_kernels.linear_token_logps(H, W, Y),
+    "linear_sequence_logps": lambda: nca_kernels.linear_sequence_logps(H, W, Y),
+    "linear_token_stats": lambda: nca_kernels.linear_token_stats(H, W, Y),
+    "linear_cross_entropy": lambda: drop_in.linear_cross_entropy(H, W, Y),
+    "group_loss": lambda: nca_kernels.group_loss("dpo", L, L),
+    **{name: _loss(name) for name in nca_kernels.__all__ if name.endswith("_loss") and name != "group_loss"},
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_warning_names_the_users_line(default_dispatch, monkeypatch, call):
+    monkeypatch.setattr(native.cpu, "unsupported", lambda *_: ["is not here"], raising=False)
+    dispatch._choose.cache_clear()
+    dispatch._WARNED.clear()
+    try:
+        with pytest.warns(UserWarning, match="runs on plain PyTorch, slowly.*cpu: is not here") as warned:
+            call()
+        assert [(Path(w.filename), w.lineno) for w in warned] == [(Path(__file__), call.__code__.co_firstlineno)]
+    finally:
+        dispatch._choose.cache_clear()
 
 
 def test_a_named_backend_that_cannot_run_raises_with_every_reason(default_dispatch):
@@ -84,6 +120,8 @@ def test_explain(default_dispatch):
     assert "torch.float64" in lines[3] and lines[4].split()[-1] == "runs"
     with pytest.raises(ValueError, match="op: got 'sort'"):
         nca_kernels.explain("cpu", "sort")
+    with pytest.raises(ValueError, match="tensor_or_device: got 'cpuu', wanted a tensor, a device or its name"):
+        nca_kernels.explain("cpuu")
 
 
 def test_importing_loads_nothing_heavy():

@@ -16,8 +16,8 @@ def _errors(cell):
 
 
 def test_every_table_is_filled(tables):
-    tokens, sequences, head, losses = tables
-    assert (len(tokens), len(sequences), len(head), len(losses)) == (12, 6, 4, 2 * len(LOSSES))
+    tokens, sequences, stats, head, losses = tables
+    assert (len(tokens), len(sequences), len(stats), len(head), len(losses)) == (12, 6, 12, 4, 2 * len(LOSSES))
     assert numerics.markdown(head).count("\n") == 5
     for row in (row for rows in tables for row in rows):
         for name in {"cpu", "triton"} & set(row):
