@@ -36,9 +36,9 @@ PLAIN = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [0.5, 2, -1]}
 
 
 def test_ragged_rows_of_responses_and_scores(tmp_path):
-    rows, preference, skipped = load_groups(jsonl(tmp_path, PLAIN, {"prompt": "p", "responses": ["d"], "scores": [3]}))
-    assert list(rows) == [PLAIN, {"prompt": "p", "responses": ["d"], "scores": [3.0]}]
-    assert not preference and skipped == {}
+    groups = load_groups(jsonl(tmp_path, PLAIN, {"prompt": "p", "responses": ["d"], "scores": [3]}))
+    assert list(groups.rows) == [PLAIN, {"prompt": "p", "responses": ["d"], "scores": [3.0]}]
+    assert not groups.preference and groups.skipped == {}
 
 
 def test_chosen_and_rejected(tmp_path):
@@ -129,13 +129,13 @@ BAD = {
     "no answers": ({"prompt": "q", "A0": None, "score_A0": None, "chosen": None}, "column A0: no responses"),
     "unequal": ({**PLAIN, "scores": [1.0]}, "column scores: got 1 scores for 3 responses"),
     "no scores": ({"prompt": "q", "responses": ["a"]}, "column scores: got NoneType, wanted a list"),
-    "one score missing": ({**reward_layout(2), "score_A1": None}, "column score_A1: got None, wanted a finite number"),
     "nan": ({**PLAIN, "scores": [1.0, float("nan"), 2.0]}, r"column scores\[1\]: got nan, wanted a finite number"),
     "inf": ({**PLAIN, "scores": [1.0, 2.0, float("inf")]}, r"column scores\[2\]: got inf"),
     "inf in float32": ({**PLAIN, "scores": [1.0, 2.0, 1e39]}, r"column scores\[2\]: got 1e\+39"),
     "text as score": ({**PLAIN, "scores": [1.0, "2", 3.0]}, r"column scores\[1\]: got '2'"),
-    "empty response": ({**PLAIN, "responses": ["a", " \n", "c"]}, r"column responses\[1\]: empty text"),
-    "empty message": ({**reward_layout(2), "A1": [user("q"), assistant("")]}, "column A1: empty text"),
+    "no score": ({**PLAIN, "scores": [None, None, None]}, r"column scores\[0\]: got None, wanted a finite number"),
+    "empty responses": ({**PLAIN, "responses": ["", " \n", None]}, r"column responses\[0\]: empty text"),
+    "empty rejected": ({"prompt": "q", "chosen": "a", "rejected": " "}, "column rejected: empty text"),
     "empty prompt": ({**PLAIN, "prompt": ""}, "column prompt: empty text"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "column prompt: missing"),
     "no rejected": ({"prompt": "q", "chosen": "a"}, "column rejected: missing"),
@@ -165,20 +165,20 @@ def test_bad_rows_are_named_by_file_row_and_column(tmp_path, case):
 
 
 def test_bad_rows_are_skipped_counted_and_reported(tmp_path, caplog):
-    path = jsonl(tmp_path, BAD["unequal"][0], PLAIN, BAD["nan"][0], PLAIN)
+    path = jsonl(tmp_path, BAD["unequal"][0], PLAIN, {**PLAIN, "responses": 7}, PLAIN)
     with pytest.raises(ValueError, match="1 more bad row"):
         load_groups(path)
     groups = load_groups(path, skip_bad_rows=True)
     assert len(groups.rows) == 2
     assert groups.skipped == {
         1: "column scores: got 1 scores for 3 responses",
-        3: "column scores[1]: got nan, wanted a finite number",
+        3: "column responses: got int, wanted a list",
     }
     assert "2 of 4 rows skipped" in caplog.text and "row 3" in caplog.text
 
 
 def test_texts_and_chats_in_one_source(tmp_path):
-    path = jsonl(tmp_path, BAD["nan"][0], PLAIN, reward_layout(2))
+    path = jsonl(tmp_path, BAD["unequal"][0], PLAIN, {**PLAIN, "prompt": [user("q")]})
     groups = load_groups(path, skip_bad_rows=True)
     assert list(groups.rows) == [PLAIN]
     assert groups.skipped[3] == "column prompt: chat, where the first row is text; wanted one kind"
@@ -186,7 +186,7 @@ def test_texts_and_chats_in_one_source(tmp_path):
 
 def test_a_source_without_a_usable_row_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no usable row; wanted prompt"):
-        load_groups(jsonl(tmp_path, BAD["nan"][0]), skip_bad_rows=True)
+        load_groups(jsonl(tmp_path, BAD["unequal"][0]), skip_bad_rows=True)
 
 
 def test_sources_that_are_none(tmp_path):

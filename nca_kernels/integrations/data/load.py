@@ -5,31 +5,54 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-from typing import NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Json, List, Value, load_dataset
+from datasets import Dataset, Features, Json, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from ..._version import __version__
+from .files import WANTED as WANTED_FILES
+from .files import as_json, data_files, digest, expanded, kind_of, records
+from .group import group_of
+from .layouts import LAYOUTS, TARGETS, WANTED, Layout, typed
+from .messages import BadRow
+from .nulls import without_nulls
+from .paths import mapped
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = "prompt + responses + scores, prompt + chosen + rejected, or A0, A1, ... + score_A0, score_A1, ..."
-_FLOAT32_MAX = 3.4028234e38  # scores become float32, where more is infinite
-_IMAGES = ("image", "images")
+Source = str | os.PathLike | Dataset | list[dict]
 
 # Texts and messages in columns of their own: a Json column would take the text "4" for a number. Json, since messages may
 # have keys of their own.
 _FEATURES = Features(
     {
+        "file": Value("string"),
+        "row": Value("int64"),
+        "layout": Value("string"),
+        "others": Value("string"),
+        "score_count": Value("int64"),
         "kind": Value("string"),
+        "promoted": Value("bool"),
         "text_prompt": Value("string"),
         "text_responses": List(Value("string")),
         "chat_prompt": Json(),
         "chat_responses": List(Json()),
         "scores": List(Value("float64")),
-        "preference": Value("bool"),
+        "tools": List(Json()),
+        "finished": List(Value("bool")),
+        "template_kwargs": Json(),
+        "desirable": List(Value("bool")),
+        "dropped": List(Value("string")),
         "problem": Value("string"),
     }
 )
+_RAW = Features({"file": Value("string"), "row": Value("int64"), "json": Value("string"), "problem": Value("string")})
+# Columns of the result that are there only where some row has them.
+OPTIONAL = ("tools", "finished", "template_kwargs", "desirable")
 
 
 class Groups(NamedTuple):
@@ -37,196 +60,311 @@ class Groups(NamedTuple):
 
     Attributes:
         rows: ``prompt``, ``responses`` (K of them, K its own in each row) and ``scores``. Plain text: strings. Chat:
-            ``prompt`` is a list of messages and each response one assistant message. All rows are of one kind.
-        preference: all rows came as ``chosen`` + ``rejected``: the scores 1 and 0 say which is better, not by how much.
-        skipped: the rows left out (counted from 1) and what is wrong with each.
+            ``prompt`` is a list of messages and each response one assistant message. All rows are of one kind. Where some row
+            has them: ``tools``, ``template_kwargs``, ``finished`` (false: the response was cut off, and gets no end token) and
+            ``desirable`` (the labels of KTO data).
+        preference: the rows say which response is better, not by how much: their scores are 1 and 0.
+        skipped: the rows left out (counted from 1; after the file's name, where there are several) and what is wrong with each.
+        dropped: the responses left out of rows that stay, by row like ``skipped``.
+        layout: the layout or layouts that were found, with the columns that they are known by.
+        origins: ``file`` and ``row`` of each row.
     """
 
     rows: Dataset
     preference: bool
-    skipped: dict[int, str]
-
-
-class _BadRow(Exception):
-    def __init__(self, column: str | None, problem: str):
-        super().__init__(problem if column is None else f"column {column}: {problem}")
+    skipped: dict[int | str, str]
+    dropped: dict[int | str, list[str]]
+    layout: str
+    origins: Dataset
 
 
 def load_groups(
-    source: str | os.PathLike | Dataset,
+    source: Source,
     *,
     split: str = "train",
+    config_name: str | None = None,
+    columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
     scores_required: bool = True,
 ) -> Groups:
     r"""Reward or preference data in any of its layouts, checked row by row.
 
     Args:
-        source: a ``.jsonl`` (or ``.json`` with one object a line) or ``.parquet`` file, a ``datasets.Dataset``, or what
-            ``datasets.load_dataset`` takes: a name on the hub or a folder. The layouts:
-
-            - ``prompt`` and ``responses`` with ``scores``, two lists of the same length, any length >= 1;
-            - ``prompt`` and ``chosen`` with ``rejected`` (scores 1 and 0);
-            - ``A0``, ``A1``, ... with ``score_A0``, ``score_A1``, ... (null where a row has fewer), with or without ``prompt``.
-
-            Prompts and responses are texts, or lists of chat messages. A response given as messages may hold the whole
-            conversation: its last message is the response, those before it the prompt.
+        source: a file (JSON Lines, a JSON array, CSV or Parquet, also compressed), a folder of such files, a name on the hub, a
+            ``datasets.Dataset``, or a list of rows. ``docs/data.md`` has the layouts; they are found by their columns, one in a
+            file, the one with the most scores where several fit. Prompts and responses are texts, or chat messages; a response
+            given as messages may hold the whole conversation.
         split: of a hub name or a folder.
-        skip_bad_rows: leave bad rows out, and say which, in place of raising.
+        config_name: of a hub name that has several configurations.
+        columns: the source's own names for ours, ``{"prompt": "question", "responses": "completions.text"}``; dots reach inside.
+        skip_bad_rows: leave bad rows and bad responses out, and say which, in place of raising. An empty response, or one
+            without a score among others that have one, is left out either way.
         scores_required: false takes responses without scores, too; the row's ``scores`` are then null.
+
+    Returns:
+        See :class:`Groups`.
 
     Raises:
         ValueError: a row that cannot be used, by file, row (counted from 1) and column; a source without usable rows.
         FileNotFoundError: no such file.
+        TypeError: a source, or ``columns``, of another type.
+
+    Example:
+        >>> load_groups([{"question": "1 + 1 =", "chosen": " 2", "rejected": " 3"}], columns={
+        ...     "prompt": "question", "chosen": "chosen", "rejected": "rejected"}).rows[0]["responses"]
+        [' 2', ' 3']
     """
-    name, raw = _open(source, split)
+    columns = _checked_columns(columns)
+    name, raw = _open(source, split, config_name)
+    options = {"scores_required": scores_required, "skip": skip_bad_rows, "columns": columns}
+    rows = _converted(raw, options)
+    forced = _one_layout_a_file(rows)
+    # Where texts have a system message or tools, all rows are chats.
+    chat = any(rows["promoted"]) and "text" in set(rows["kind"])
+    if forced or chat:
+        rows = _converted(raw, {**options, "forced": forced, "chat": chat})
+    rows = rows.filter(lambda layout, problem: layout is not None or problem is not None, input_columns=["layout", "problem"])
+    return _groups(name, rows, skip_bad_rows)
+
+
+def _checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
+    if columns is None:
+        return None
+    if not isinstance(columns, Mapping) or not all(isinstance(item, str) for pair in columns.items() for item in pair):
+        raise TypeError(f"columns: got {columns!r}, wanted our names with the source's, such as {{prompt: question}}")
+    if unknown := set(columns) - set(TARGETS):
+        raise ValueError(f"columns: got {', '.join(sorted(unknown))}, wanted of {', '.join(TARGETS)}")
+    return dict(columns)
+
+
+def _open(source: Source, split: str, config_name: str | None) -> tuple[str, Dataset]:
+    """What errors call the source, and its rows as they stand."""
+    if isinstance(source, Dataset):
+        return "dataset", source.with_format(None)  # as Python's lists, whatever it is formatted for
+    if isinstance(source, list):
+        return "rows", _of_list(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: got {type(source).__name__}, wanted a file, a hub name, a list or a datasets.Dataset (one split)")
+    name, path = os.fspath(source), expanded(os.fspath(source))
+    if path.is_file():
+        if kind_of(path) is None:
+            raise ValueError(f"{name}: unknown kind of file, wanted {WANTED_FILES}")
+        return name, _of_files([path], [name])
+    if path.is_dir() and config_name is None:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return f"{name} ({split})", _of_disk(path, split)
+        paths = data_files(path, split)
+        return f"{name} ({split})", _of_files(paths, [str(each) for each in paths])
+    if kind_of(path) is not None or name.startswith((".", "/", "~")) and not path.exists():
+        raise FileNotFoundError(f"{name}: no such file")
+    try:
+        return f"{name} ({split})", load_dataset(str(path) if path.is_dir() else name, config_name, split=split)
+    except DatasetsError as error:
+        raise ValueError(f"{name} ({split}): {error}") from error
+
+
+def _of_disk(path: Path, split: str) -> Dataset:
+    found = load_from_disk(str(path))
+    if isinstance(found, Dataset):
+        return found
+    if split not in found:
+        raise ValueError(f"{path}: no split {split!r}, it has {', '.join(found)}")
+    return found[split]
+
+
+def _of_list(rows: list[dict]) -> Dataset:
+    """As JSON texts: a table would give every object the keys of all."""
+    for i, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {i}: got {type(row).__name__}, wanted a mapping of columns")
+    n = len(rows)
+    values = {"file": [None] * n, "row": list(range(1, n + 1)), "json": [as_json(dict(row)) for row in rows], "problem": [None] * n}
+    return Dataset.from_dict(values, features=_RAW)
+
+
+def _of_files(paths: list[Path], names: list[str]) -> Dataset:
+    if all(path.stat().st_size == 0 for path in paths):
+        raise ValueError(f"{names[0]}: empty file")
+    # The digests are for the cache of datasets, which knows a generator by its arguments.
+    files = [(str(path), name, digest(path)) for path, name in zip(paths, names, strict=True)]
+    try:
+        return Dataset.from_generator(_raw_rows, features=_RAW, gen_kwargs={"files": files, "version": __version__})
+    except DatasetsError as error:
+        raise error.__cause__ or error from None
+
+
+def _raw_rows(files: list[tuple[str, str, str]], version: str) -> Iterator[dict]:
+    found = False
+    for path, name, _ in files:
+        for row, text, problem in records(Path(path)):
+            found = True
+            yield {"file": name, "row": row, "json": text, "problem": problem}
+    if not found:  # datasets cannot make a table of no rows
+        yield {"file": files[0][1], "row": 1, "json": None, "problem": None}
+
+
+def _converted(raw: Dataset, options: dict[str, Any]) -> Dataset:
     # A pure function of the row, so that datasets' cache serves later runs and the other processes of this one.
-    rows = raw.map(
-        _checked,
-        fn_kwargs={"scores_required": scores_required},
+    return raw.map(
+        _converted_row,
+        with_indices=True,
+        fn_kwargs={"features": None if raw.features == _RAW else dict(raw.features), "version": __version__, **options},
         remove_columns=raw.column_names,
         features=_FEATURES,
         desc="Checking rows",
     )
-    problems = {i: problem for i, problem in enumerate(rows["problem"], start=1) if problem is not None}
-    kinds = list(rows["kind"])
-    kind = next((kind for kind in kinds if kind is not None), None)
-    for i, other in enumerate(kinds, start=1):
-        if other not in (kind, None):
-            problems[i] = f"column prompt: {other}, where the first row is {kind}; wanted one kind"
-    if problems:
-        told = [f"row {i}, {problems[i]}" for i in sorted(problems)]
-        if not skip_bad_rows:
-            raise ValueError(f"{name}: {told[0]}" + (f" ({len(told) - 1} more bad rows)" if len(told) > 1 else ""))
-        logger.warning("%s: %d of %d rows skipped, the first of them: %s", name, len(told), len(rows), "; ".join(told[:3]))
-    if kind is None:
-        raise ValueError(f"{name}: no usable row; wanted {LAYOUTS}")
-    rows = rows.select([i for i, other in enumerate(kinds) if other == kind])
-    preference = all(rows["preference"])
-    rows = rows.select_columns([f"{kind}_prompt", f"{kind}_responses", "scores"])
-    return Groups(rows.rename_columns({f"{kind}_{what}": what for what in ("prompt", "responses")}), preference, problems)
 
 
-def _open(source: str | os.PathLike | Dataset, split: str) -> tuple[str, Dataset]:
-    """What errors call the source, and its rows as they stand."""
-    if isinstance(source, Dataset):
-        return "dataset", source.with_format(None)  # as Python's lists, whatever it is formatted for
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"source: got {type(source).__name__}, wanted a file, a hub name or a datasets.Dataset (one split)")
-    name = os.fspath(source)
-    suffix = os.path.splitext(name)[1]
-    if suffix not in (".jsonl", ".json", ".parquet"):
-        return f"{name} ({split})", load_dataset(name, split=split)
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"{name}: no such file")
-    if suffix == ".parquet":
-        return name, load_dataset("parquet", data_files=name, split="train")
-    # As lines of text: a JSON reader wants one schema for all rows, and does not say which one is broken.
-    return name, load_dataset("text", data_files=name, split="train").rename_column("text", "\n")
-
-
-def _checked(row: dict, scores_required: bool) -> dict:
+def _converted_row(
+    row: dict,
+    index: int,
+    *,
+    features: dict | None,
+    version: str,
+    columns: dict[str, str] | None,
+    scores_required: bool,
+    skip: bool,
+    forced: dict[str, str] | None = None,
+    chat: bool = False,
+) -> dict:
     """The row in the one layout; in place of it what is wrong; neither, for an empty line."""
-    nothing = dict.fromkeys(_FEATURES)
+    origin = {**dict.fromkeys(_FEATURES), "file": None, "row": index + 1}
     try:
-        if "\n" in row:
-            if not row["\n"].strip():
-                return nothing
-            row = _parsed(row["\n"])
-        return {**nothing, **_group(row, scores_required)}
-    except _BadRow as error:
-        return {**nothing, "problem": str(error)}
+        if features is None:
+            origin.update(file=row["file"], row=row["row"])
+            if row["problem"] is not None:
+                raise BadRow(None, row["problem"])
+            if row["json"] is None:
+                return origin
+            values = _parsed(row["json"])
+            cells = kind_of(Path(row["file"] or "")) in (".csv", ".tsv")
+        else:
+            values, cells = without_nulls(row, features), False
+        values = mapped(values, columns)
+        layout = (forced or {}).get(origin["file"] or "")
+        wanted = next((each for each in LAYOUTS if each.name == layout), None)
+        made = group_of(typed(values) if cells else values, wanted, chat=chat, skip=skip, scores_required=scores_required)
+        return {**origin, **made}
+    except BadRow as error:
+        return {**origin, "problem": str(error)}
 
 
 def _parsed(line: str) -> dict:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _BadRow(None, f"not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(None, f"not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise _BadRow(None, f"got {type(row).__name__}, wanted a JSON object")
+        raise BadRow(None, f"got {type(row).__name__}, wanted a JSON object")
     return row
 
 
-def _group(row: dict, scores_required: bool) -> dict:
-    for column in _IMAGES:
-        if row.get(column):
-            raise _BadRow(column, "an image, wanted text alone")
-    preference = False
-    if row.get("responses") is not None:
-        responses = _numbered(row, "responses")
-        scores = _numbered(row, "scores") if scores_required or row.get("scores") is not None else None
-    elif row.get("chosen") is not None or row.get("rejected") is not None:
-        responses = {column: row.get(column) for column in ("chosen", "rejected")}
-        scores = {"chosen": 1.0, "rejected": 0.0}
-        preference = True
-    elif answers := [column for column in row if re.fullmatch(r"A\d+", column)]:
-        given = [c for c in sorted(answers, key=lambda c: int(c[1:])) if not row[c] is row.get(f"score_{c}") is None]
-        responses = {c: row[c] for c in given}
-        scores = {f"score_{c}": row.get(f"score_{c}") for c in given}
-        if not scores_required and set(scores.values()) == {None}:
-            scores = None
-    else:
-        raise _BadRow(", ".join(c for c in row if row[c] is not None), f"unknown layout; wanted {LAYOUTS}")
-    if not responses:
-        raise _BadRow("responses" if "responses" in row else ", ".join(answers), "no responses")
-    if scores is not None and len(scores) != len(responses):
-        raise _BadRow("scores", f"got {len(scores)} scores for {len(responses)} responses")
-    for column, score in (scores or {}).items():
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= _FLOAT32_MAX:
-            raise _BadRow(column, f"got {score!r}, wanted a finite number")
-    prompt, responses = _texts_or_messages(row.get("prompt"), responses)
-    kind = "text" if isinstance(prompt, str) else "chat"
-    content = {f"{kind}_prompt": prompt, f"{kind}_responses": responses}
-    scores = None if scores is None else list(scores.values())
-    return {"kind": kind, **content, "scores": scores, "preference": preference}
+def _one_layout_a_file(rows: Dataset) -> dict[str, str] | None:
+    """Where rows of one file fit different layouts best: for each file the one that keeps the most scores, then the most rows."""
+    found: dict[str, Counter] = defaultdict(Counter)
+    rows_of: dict[str, Counter] = defaultdict(Counter)
+    for batch in rows.select_columns(["file", "layout", "score_count"]).iter(batch_size=10_000):
+        for file, layout, count in zip(batch["file"], batch["layout"], batch["score_count"], strict=True):
+            if layout is not None:
+                found[file or ""][layout] += count
+                rows_of[file or ""][layout] += 1
+    if all(len(layouts) == 1 for layouts in found.values()):
+        return None
+    order = {layout.name: -i for i, layout in enumerate(LAYOUTS)}
+    return {file: max(scores, key=lambda name: (scores[name], rows_of[file][name], order[name])) for file, scores in found.items()}
 
 
-def is_used(column: str) -> bool:
-    """Is it part of a layout, or refused where it holds something?"""
-    return re.fullmatch(r"prompt|responses|scores|chosen|rejected|images?|(score_)?A\d+", column) is not None
+def _groups(name: str, rows: Dataset, skip_bad_rows: bool) -> Groups:
+    problems = {i: problem for i, problem in enumerate(rows["problem"]) if problem is not None}
+    _refuse_mixtures(rows, problems)
+    report(name, rows.select_columns(["file", "row"]), problems, skip_bad_rows)
+    kept = [i for i, kind in enumerate(rows["kind"]) if kind is not None and i not in problems]
+    if not kept:
+        raise ValueError(f"{name}: no usable row; wanted {WANTED}")
+    several = len(set(rows["file"])) > 1
+    skipped = {_key(rows[i], several): problem for i, problem in sorted(problems.items())}
+    rows = rows.select(kept)
+    dropped = {_key(rows[i], several): left_out for i, left_out in enumerate(rows["dropped"]) if left_out}
+    if dropped:
+        responses = sum(map(len, dropped.values()))
+        row, left_out = next(iter(dropped.items()))
+        logger.warning(
+            "%s: %d responses in %d rows left out, the first: row %s, %s", name, responses, len(dropped), row, left_out[0]
+        )
+    layouts = [_layout(each) for each in dict.fromkeys(rows["layout"])]
+    described = _described(layouts, rows)
+    logger.info("%s: layout %s", name, described)
+    if any(layout.single for layout in layouts):
+        rows = _joined(rows)
+    kind = rows[0]["kind"]
+    origins = rows.select_columns(["file", "row"])
+    optional = [column for column in OPTIONAL if any(value is not None for value in rows[column])]
+    rows = rows.select_columns([f"{kind}_prompt", f"{kind}_responses", "scores", *optional])
+    rows = rows.rename_columns({f"{kind}_{what}": what for what in ("prompt", "responses")})
+    return Groups(rows, all(layout.unit == "preference" for layout in layouts), skipped, dropped, described, origins)
 
 
-def _numbered(row: dict, column: str) -> dict[str, object]:
-    if not isinstance(row.get(column), list):
-        raise _BadRow(column, f"got {type(row.get(column)).__name__}, wanted a list")
-    return {f"{column}[{i}]": value for i, value in enumerate(row[column])}
+def report(name: str, origins: Dataset, problems: Mapping[int, str], skip_bad_rows: bool) -> None:
+    """Raises for the first bad row, by file and row; with ``skip_bad_rows`` warns of how many are left out.
+
+    Args:
+        name: what the source is called.
+        origins: ``file`` and ``row`` of each row.
+        problems: what is wrong, by index.
+    """
+    if not problems:
+        return
+    first = sorted(problems)[:3]
+    told = [f"row {origins[i]['row']}, {problems[i]}" for i in first]
+    if not skip_bad_rows:
+        others = f" ({len(problems) - 1} more bad rows)" if len(problems) > 1 else ""
+        raise ValueError(f"{origins[first[0]]['file'] or name}: {told[0]}{others}")
+    logger.warning("%s: %d of %d rows skipped, the first of them: %s", name, len(problems), len(origins), "; ".join(told))
 
 
-def _texts_or_messages(prompt: object, responses: dict[str, object]) -> tuple[object, list]:
-    if isinstance(prompt, str) and all(isinstance(response, str) for response in responses.values()):
-        return _text("prompt", prompt), [_text(column, response) for column, response in responses.items()]
-    conversations = {column: _messages(column, "assistant", response) for column, response in responses.items()}
-    column, (*turns, _) = next(iter(conversations.items()))
-    for other, conversation in conversations.items():
-        if conversation[:-1] != turns:
-            raise _BadRow(other, f"the messages before the response differ from those of {column}, wanted one prompt")
-        if conversation[-1]["role"] != "assistant":
-            raise _BadRow(other, f"the last message is of role {conversation[-1]['role']!r}, wanted 'assistant'")
-    answers = [conversation[-1] for conversation in conversations.values()]
-    # A text beside whole conversations only repeats what they begin with.
-    if turns and (prompt is None or isinstance(prompt, str)):
-        return turns, answers
-    prompt = _messages("prompt", "user", prompt)
-    return (turns if turns[: len(prompt)] == prompt else prompt + turns), answers
+def _key(row: dict, several: bool) -> int | str:
+    return f"{row['file']}: row {row['row']}" if several else row["row"]
 
 
-def _messages(column: str, role: str, value: object) -> list[dict]:
-    """A text as a message of ``role``, one message, or a list of them, as a list; its last one holds text."""
-    if isinstance(value, str):
-        value = {"role": role, "content": value}
-    messages = value if isinstance(value, list) else [value]
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        kind = "missing" if value is None else f"got {type(value).__name__}"
-        raise _BadRow(column, f"{kind}, wanted text or messages with role and content")
-    _text(column, messages[-1].get("content"))
-    # Tables give every message the keys of all, null where it has none.
-    return [{key: item for key, item in m.items() if item is not None} for m in messages]
+def _layout(name: str) -> Layout:
+    return next(layout for layout in LAYOUTS if layout.name == name)
 
 
-def _text(column: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _BadRow(column, "missing text" if value is None else f"got {type(value).__name__}, wanted text")
-    if not value.strip():
-        raise _BadRow(column, "empty text")
-    return value
+def _described(layouts: list[Layout], rows: Dataset) -> str:
+    others = next((other for other in rows["others"] if other), None)
+    return "; ".join(layout.described() for layout in layouts) + (f" (also fits {others}, with fewer scores)" if others else "")
+
+
+def _refuse_mixtures(rows: Dataset, problems: dict[int, str]) -> None:
+    """Adds to the problems: texts among chats, and scores of one kind among scores of another."""
+    kinds, layouts = rows["kind"], rows["layout"]
+    kind = next((kind for i, kind in enumerate(kinds) if kind is not None and i not in problems), None)
+    units = Counter(_layout(each).unit for i, each in enumerate(layouts) if each is not None and i not in problems)
+    unit = "scores" if units["scores"] else next(iter(units), None)
+    for i, (other, layout) in enumerate(zip(kinds, layouts, strict=True)):
+        if i in problems or other is None:
+            continue
+        if other != kind:
+            problems[i] = f"column prompt: {other}, where the first row is {kind}; wanted one kind"
+        elif _layout(layout).unit != unit:
+            problems[i] = f"column {_layout(layout).columns()}: a {_layout(layout).unit} among rows of {unit}; wanted one kind"
+
+
+def _joined(rows: Dataset) -> Dataset:
+    """Rows of one response to the same prompt that follow one another, as one row."""
+    starts, last = [], object()
+    for i, prompt in enumerate(rows["chat_prompt"] if rows[0]["kind"] == "chat" else rows["text_prompt"]):
+        if prompt != last:
+            starts.append(i)
+        last = prompt
+    spans = list(zip(starts, [*starts[1:], len(rows)], strict=True))
+    return Dataset.from_generator(_joined_rows, features=_FEATURES, gen_kwargs={"rows": rows, "spans": [spans]})
+
+
+def _joined_rows(rows: Dataset, spans: list[list[tuple[int, int]]]) -> Iterator[dict]:
+    for start, end in spans[0]:
+        first, *others = [rows[i] for i in range(start, end)]
+        for column in ("text_responses", "chat_responses", "scores", "finished", "desirable"):
+            if first[column] is not None:
+                first[column] = [item for row in (first, *others) for item in row[column] or [True]]
+        yield first

@@ -1,0 +1,23 @@
+"""Nulls that a table has and its rows had not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from datasets import Json
+
+
+def without_nulls(value: object, feature: object) -> object:
+    """``value`` without the keys that are null because another row has them: Arrow gives every object the keys of all.
+
+    Objects that were stored as JSON keep their own nulls. So do lists, whose items are nobody else's.
+    """
+    if isinstance(feature, Json):
+        return value
+    if isinstance(value, Mapping):
+        kinds = feature if isinstance(feature, Mapping) else {}
+        return {key: without_nulls(item, kinds.get(key)) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        kind = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [without_nulls(item, kind) for item in value]
+    return value
