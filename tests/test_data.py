@@ -235,7 +235,7 @@ def test_plain_text_ends_with_eos(ending):
     made = tokenized([{"prompt": "ab", "responses": ["cd", "e"]}], ending=ending)
     assert words(made.rows[0]["prompt_ids"]) == ["<s>", "a", "b"]
     assert [words(ids) for ids in made.rows[0]["response_ids"]] == [["c", "d", "</s>"], ["e", "</s>"]]
-    assert made[1:] == (0, 0, 0, 0) and made.rows[0]["scores"] == [0.0, 0.0]
+    assert made[1:] == (0, 0, 0, 0, 0, {}) and made.rows[0]["scores"] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_chat_template_ends_the_turn_or_eos_does(end, response):
     assert made.prompts_merged == 0
 
 
-@pytest.mark.parametrize("how", ["| trim", "| lower", "| replace('\n', '')"])
+@pytest.mark.parametrize("how", ["| trim", "| replace('\n', '')", "+ '\n'"])
 @pytest.mark.parametrize("end", ["<|end|>", ""])
 def test_a_response_ends_however_the_template_writes_it(how, end):
     template = CHAT.replace("{{ m['content'] }}", f"{{{{ m['content'] {how} }}}}").replace("{{ END }}", end)

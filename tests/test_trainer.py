@@ -56,6 +56,7 @@ def by_hand(rows, steps, *, loss="nca", batch=4, lr=0.2, average=False, **option
                 **{"beta": 0.1, "alpha": 1.0, "pairs": "best_vs_rest", **options},
                 lengths=torch.ones_like(lengths) if average else lengths,
                 baseline=baseline,
+                desirable=torch.tensor([row["scores"]]) >= 0.5 if loss == "kto" else None,
             )
             total = total + value.sum() / len(chosen)
         total.backward()
@@ -217,8 +218,8 @@ def test_ktos_evaluation_does_not_depend_on_its_batches(tmp_path):
     assert z > 0.1
     wanted = 0
     for row, change in zip(held_out, changes, strict=True):
-        best = torch.tensor(row["scores"]) == max(row["scores"])
-        wanted += float((1 - torch.sigmoid(0.1 * (change[:-1] - z) * (2 * best - 1))).mean()) / 5
+        desirable = torch.tensor(row["scores"]) >= 0.5
+        wanted += float((1 - torch.sigmoid(0.1 * (change[:-1] - z) * (2 * desirable - 1))).mean()) / 5
     assert losses == pytest.approx([wanted] * 3, rel=1e-5)
 
 

@@ -127,8 +127,9 @@ class Preferences:
     def rows(self) -> list[dict[str, Any]]:
         """Rows as :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them."""
         start = int((self.labels[0, 0] == IGNORED).sum())
-        columns = self.tokens[:, 0, :start], self.tokens[..., start:], self.scores, self.ref_logps
-        names = "prompt_ids", "response_ids", "scores", "ref_logps"
+        best = self.scores == self.scores.amax(1, keepdim=True)  # what KTO takes for desirable
+        columns = self.tokens[:, 0, :start], self.tokens[..., start:], self.scores, self.ref_logps, best
+        names = "prompt_ids", "response_ids", "scores", "ref_logps", "desirable"
         return [dict(zip(names, row, strict=True)) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 

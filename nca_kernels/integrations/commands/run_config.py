@@ -25,6 +25,8 @@ class Sources:
     Args:
         model: a folder or a name on the hub.
         data: what :func:`~nca_kernels.integrations.data.load.load_groups` takes; ``split`` of a folder or a hub name.
+        config_name: of a hub name that has several configurations; of ``eval_data``, too.
+        columns: the data's own names for ours (``{prompt: question, scores: ratings}``); of ``eval_data``, too.
         eval_data: the same, to evaluate on at the end and by ``eval_strategy``; ``eval_split`` of it.
         tokenizer: a folder or a name on the hub; ``None`` for the model's own.
         lora: keywords of ``peft.LoraConfig``; ``None`` to train the whole model.
@@ -33,6 +35,8 @@ class Sources:
     model: str
     data: str
     split: str = "train"
+    config_name: str | None = None
+    columns: dict[str, str] | None = None
     eval_data: str | None = None
     eval_split: str = "test"
     tokenizer: str | None = None

@@ -38,10 +38,8 @@ def prepare(run: Run) -> NCATrainer:
     say = _speaker(config)
     set_seed(config.seed)
     with config.main_process_first(desc="data"):
-        train = load_groups(sources.data, split=sources.split, skip_bad_rows=config.skip_bad_rows)
-        heldout = None
-        if sources.eval_data is not None:
-            heldout = load_groups(sources.eval_data, split=sources.eval_split, skip_bad_rows=config.skip_bad_rows)
+        train = load_data(sources.data, sources.split, run)
+        heldout = None if sources.eval_data is None else load_data(sources.eval_data, sources.eval_split, run)
     if train.preference and "alpha" not in given:
         config.alpha = 0.0
     tokenizer = load_tokenizer(sources.tokenizer or sources.model)
@@ -50,19 +48,28 @@ def prepare(run: Run) -> NCATrainer:
     total = sum(map(_size, model.parameters()))
     say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
     say(f"data     {sources.data}: {_described(train)}")
+    say(f"layout   {train.layout}")
     if heldout is not None:
         say(f"eval     {sources.eval_data}: {_described(heldout)}")
     say(f"loss     {_loss(config, train.preference)}")
     say(f"batch    {_batch(config)}")
     say(f"kernels  {_kernels(config, model.dtype)}")
     with config.main_process_first(desc="tokens"):
-        rows = tokenized(train.rows, tokenizer, config.row_options())
-        heldout_rows = None if heldout is None else tokenized(heldout.rows, tokenizer, config.row_options())
+        rows = tokenized(train, tokenizer, config.row_options())
+        heldout_rows = None if heldout is None else tokenized(heldout, tokenizer, config.row_options())
     trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer)
     trainer.run_settings = run_settings(config, vars(sources))
     trained = sum(_size(p) for p in trainer.model.parameters() if p.requires_grad)
     say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")
     return trainer
+
+
+def load_data(source: str, split: str, run: Run) -> Groups:
+    """The rows of a file, folder or hub name, as the run's keys say."""
+    sources, config, _ = run
+    return load_groups(
+        source, split=split, config_name=sources.config_name, columns=sources.columns, skip_bad_rows=config.skip_bad_rows
+    )
 
 
 def train(trainer: NCATrainer) -> None:
@@ -124,6 +131,8 @@ def _described(groups: Groups) -> str:
     low, high = min(counts), max(counts)
     K = f"K = {low}" if low == high else f"K = {low} to {high}"
     skipped = f"; {len(groups.skipped)} bad rows skipped" if groups.skipped else ""
+    if groups.dropped:
+        skipped += f"; {sum(map(len, groups.dropped.values()))} bad responses left out"
     return f"{len(counts)} prompts, {sum(counts)} responses, {K}{skipped}"
 
 

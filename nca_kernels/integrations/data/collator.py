@@ -30,6 +30,7 @@ class Batch(TypedDict, total=False):
     lengths: Tensor
     scores: Tensor
     ref_logps: Tensor
+    desirable: Tensor
     mismatched: Batch  # each prompt with one response to another prompt
     baseline: Tensor  # the mean log-ratio of all mismatched pairs of the step or the evaluation
 
@@ -59,7 +60,7 @@ class GroupCollator:
     - ``attention_mask`` ``[N, T]`` (padded), ``position_ids`` ``[N, T]`` (packed, shared), ``branches`` ``[N, T]`` (shared:
       0 at the prompt, k at the k-th response, -1 at padding);
     - ``scores``, ``mask``, ``lengths`` ``[B, K]``: the scores, which of them exist, and the number of scored tokens;
-      ``ref_logps`` ``[B, K]`` if the rows have them;
+      ``ref_logps`` and ``desirable`` ``[B, K]`` if the rows have them;
     - ``cu_seqlens`` ``[S + 1]`` and ``slots`` ``[S]``, by which :func:`group_logps` finds the responses.
     """
 
@@ -135,6 +136,8 @@ def _per_response(rows: list[dict]) -> Batch:
     for name in ("scores", "ref_logps"):
         if name in rows[0]:
             batch[name] = grid([row[name] for row in rows])
+    if "desirable" in rows[0]:
+        batch["desirable"] = grid([row["desirable"] for row in rows]).bool()
     return batch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +14,13 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ...loss_table import LOSSES
-from .load import LAYOUTS, is_used, load_groups
+from .load import Groups, load_groups
 from .tokenize import tokenize_groups
 
 logger = logging.getLogger(__name__)
 
-# The last three only where there are some.
-COLUMNS = ("prompt_ids", "response_ids", "scores", "ref_logps", "mismatched_ids", "mismatched_ref_logps")
+# The last four columns are optional.
+COLUMNS = ("prompt_ids", "response_ids", "scores", "ref_logps", "desirable", "mismatched_ids", "mismatched_ref_logps")
 
 
 class RowOptions(NamedTuple):
@@ -31,11 +31,20 @@ class RowOptions(NamedTuple):
     num_responses: int | None = None
     max_length: int | None = 1024
     max_prompt_length: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     skip_bad_rows: bool = False
+    kto_threshold: float | None = None
     seed: int = 42
 
 
-def prepare_rows(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
+def prepare_rows(
+    name: str,
+    rows: Dataset | list[dict],
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: RowOptions,
+    *,
+    training: bool = True,
+) -> Dataset:
     r"""Rows as :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them, to rows of ``COLUMNS``.
 
     Args:
@@ -44,6 +53,7 @@ def prepare_rows(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTok
             ``response_ids`` and ``scores``, as of ``tokenize_groups``); then also with ``ref_logps``, one for each response.
         tokenizer: for rows that are not tokenized.
         options: see :class:`RowOptions`.
+        training: rows of which none can teach anything are refused. False: they are to evaluate on.
 
     Raises:
         TypeError, ValueError: no such rows, by ``name``, row (counted from 1) and column.
@@ -52,53 +62,66 @@ def prepare_rows(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTok
         raise TypeError(f"{name}: got {type(rows).__name__}, wanted a datasets.Dataset or a list of rows")
     if len(rows) == 0:
         raise ValueError(f"{name}: got no rows")
-    # Of a data set formatted for torch, rows would be tensors, which add where lists concatenate.
-    rows = _table(name, rows) if isinstance(rows, list) else rows.with_format(None)
-    if "prompt_ids" not in rows.column_names:
+    if "prompt_ids" not in (rows[0] if isinstance(rows, list) else rows.column_names):
         rows = _loaded(name, rows, tokenizer, options)
+    # In torch format rows are tensors, and `+` would add, not concatenate.
+    rows = _table(name, rows) if isinstance(rows, list) else rows.with_format(None)
     columns = COLUMNS if options.loss == "kto" else COLUMNS[:4]
     rows = rows.select_columns([column for column in columns if column in rows.column_names])
     _check(name, rows)
     if options.num_responses is not None:
         choice = {"K": options.num_responses, "seed": options.seed}
         rows = rows.map(_chosen, with_indices=True, fn_kwargs=choice, desc="Choosing responses")
-    if options.loss == "kto" and "mismatched_ids" not in rows.column_names:
-        rows = _with_mismatched(name, rows)
+    if options.loss == "kto":
+        if "desirable" not in rows.column_names:
+            rows = _with_desirable(name, rows, options.kto_threshold)
+        if "mismatched_ids" not in rows.column_names:
+            rows = _with_mismatched(name, rows)
+    elif training:
+        _refuse_without_preference(name, rows)
     return rows
 
 
 def _table(name: str, rows: list[dict]) -> Dataset:
     """The columns that are used, in any of the rows; what else these hold may be of many kinds."""
-    given = dict.fromkeys(column for row in rows for column in row)
     tables = []
-    for column in given:
-        if column in COLUMNS or is_used(column):
-            try:
-                tables.append(Dataset.from_dict({column: [row.get(column) for row in rows]}))
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise ValueError(f"{name}: column {column}: {error}; wanted one kind of values in all rows") from error
-    if not tables:
-        raise ValueError(f"{name}: got the columns {', '.join(given)}; wanted {LAYOUTS}")
+    for column in dict.fromkeys(column for row in rows for column in row if column in COLUMNS):
+        try:
+            tables.append(Dataset.from_dict({column: [row.get(column) for row in rows]}))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise ValueError(f"{name}: column {column}: {error}; wanted one kind of values in all rows") from error
     return concatenate_datasets(tables, axis=1)
 
 
-def _loaded(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
+def _loaded(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
     if tokenizer is None:
+        columns = rows[0] if isinstance(rows, list) else rows.column_names
         raise ValueError(
-            f"processing_class: got None, wanted a tokenizer, since {name} has no prompt_ids (but {', '.join(rows.column_names)})"
+            f"processing_class: got None, wanted a tokenizer, since {name} has no prompt_ids (but {', '.join(columns)})"
         )
     try:
         groups = load_groups(rows, skip_bad_rows=options.skip_bad_rows)
+        made = tokenized(groups, tokenizer, options)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if groups.preference and options.alpha > 0 and "alpha" in LOSSES[options.loss].takes:
         logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, options.alpha)
-    return tokenized(groups.rows, tokenizer, options)
+    return made
 
 
-def tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Dataset:
-    """Rows of ``load_groups`` as ids, cut as ``options`` says."""
-    return tokenize_groups(rows, tokenizer, max_length=options.max_length, max_prompt_length=options.max_prompt_length).rows
+def tokenized(groups: Groups, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Dataset:
+    """The rows of ``groups`` as ids, cut as ``options`` says; with KTO's labels where a preference gives them."""
+    rows = tokenize_groups(
+        groups,
+        tokenizer,
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length,
+        chat_template_kwargs=options.chat_template_kwargs,
+        skip_bad_rows=options.skip_bad_rows,
+    ).rows
+    if options.loss == "kto" and groups.preference and "desirable" not in rows.column_names:
+        rows = rows.add_column("desirable", [[score > 0 for score in scores] for scores in rows["scores"]])
+    return rows
 
 
 def _check(name: str, rows: Dataset) -> None:
@@ -120,6 +143,10 @@ def _check(name: str, rows: Dataset) -> None:
         refuse("response_ids", pc.less(counts, 1), "no responses")
         empty = pc.less(_lengths(responses.flatten()), 1)
         refuse("response_ids", empty, "a response without tokens", pc.list_parent_indices(responses))
+        if "desirable" in columns:
+            labels = columns["desirable"]
+            refuse("desirable", pc.not_equal(_lengths(labels), counts), "wanted true or false for each response")
+            refuse("desirable", pc.is_null(labels.flatten()), "wanted true or false", pc.list_parent_indices(labels))
         for column in ("scores", "ref_logps"):
             if column in columns:
                 numbers = columns[column]
@@ -147,7 +174,36 @@ def _chosen(row: dict, index: int, K: int, seed: int) -> dict:
     best = next(i for i in order if scores[i] == max(scores))
     worse = [i for i in order if scores[i] < scores[best]][:1]
     kept = [best, *worse, *(i for i in order if i not in (best, *worse))][:K]
-    return {column: [row[column][i] for i in kept] for column in ("response_ids", "scores", "ref_logps") if column in row}
+    columns = ("response_ids", "scores", "ref_logps", "desirable")
+    return {column: [row[column][i] for i in kept] for column in columns if column in row}
+
+
+def _refuse_without_preference(name: str, rows: Dataset) -> None:
+    """Rows without two different scores give no gradient: a warning that counts them, or ValueError if they are all so."""
+    without = sum(len(set(scores)) < 2 for scores in rows["scores"])
+    if without == len(rows):
+        raise ValueError(
+            f"{name}: no row has two responses with different scores, so there is nothing to learn from; wanted two or more "
+            "responses to a prompt, or loss kto for single responses with labels"
+        )
+    if without:
+        logger.warning("%s: %d of %d rows have no two different scores, and teach nothing", name, without, len(rows))
+
+
+def _with_desirable(name: str, rows: Dataset, threshold: float | None) -> Dataset:
+    """With ``desirable`` by the scores: those from ``threshold`` on, or without one the positive among positive and negative."""
+    flat = np.concatenate([columns["scores"].flatten().to_numpy() for columns in arrow_batches(rows.select_columns("scores"))])
+    if threshold is None:
+        if not (flat > 0).any() or not (flat < 0).any():
+            raise ValueError(
+                f"{name}: column scores: from {flat.min():g} to {flat.max():g}, so their sign does not tell good responses from bad; "
+                "wanted kto_threshold, the least score of a good one, or labels (prompt, completion, label)"
+            )
+        if not flat.all():
+            row = next(i for i, scores in enumerate(rows["scores"], start=1) if 0 in scores)
+            raise ValueError(f"{name}: row {row}, column scores: 0 is neither good nor bad by its sign; wanted kto_threshold")
+    least = np.nextafter(0, 1) if threshold is None else threshold
+    return rows.add_column("desirable", [[score >= least for score in scores] for scores in rows["scores"]])
 
 
 def _with_mismatched(name: str, rows: Dataset) -> Dataset:

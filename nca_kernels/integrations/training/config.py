@@ -43,7 +43,9 @@ class NCAConfig(TrainingArguments):
             with separate rows on the model itself before the first step.
         max_length, max_prompt_length: in tokens, for rows not yet tokenized
             (:func:`~nca_kernels.integrations.data.tokenize.tokenize_groups`).
+        chat_template_kwargs: further variables of the chat template, such as ``{"enable_thinking": False}``.
         skip_bad_rows: leave out rows that cannot be used, and say which, in place of raising.
+        kto_threshold: for ``kto``, the least score of a desirable response; ``None``: labels decide, or the scores' sign.
         reference: ``"precompute"``: the reference log-probs are computed once, into a cache on disk that later runs use.
             ``"model"``: at every step, by the base under PEFT, or by a frozen copy of the model.
         reference_cache_dir: the folder of that cache; ``None`` for ``$NCA_KERNELS_CACHE``, or ``<output_dir>/_reference_cache``
@@ -79,7 +81,9 @@ class NCAConfig(TrainingArguments):
     share_prompt: bool = _option(False, "compute each prompt once for all its responses")
     max_length: int | None = _option(1024, "the most tokens of a prompt with a response; None: no limit")
     max_prompt_length: int | None = _option(None, "what the prompt keeps at least; None: half of max_length")
+    chat_template_kwargs: dict[str, Any] | None = _option(None, "further variables of the chat template")
     skip_bad_rows: bool = _option(False, "leave out rows that cannot be used")
+    kto_threshold: float | None = _option(None, "least score of a desirable response, for kto; None: labels or the sign")
     reference: str = _option("precompute", "precompute: once, into a cache on disk; model: at every step")
     reference_cache_dir: str | None = _option(None, "folder of the cache; None: $NCA_KERNELS_CACHE or in output_dir")
     model_init_kwargs: dict[str, Any] | None = _option(None, "keywords of from_pretrained: dtype, attn_implementation, ...")

@@ -106,8 +106,12 @@ class NCATrainer(ResumableTrainer):
             refuse_tensor_parallel("ref_model", ref_model)
         with args.main_process_first(desc="rows"):
             if train_dataset is not None:
-                train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args)
-            eval_dataset = map_datasets("eval_dataset", eval_dataset, lambda *rows: prepare_rows(*rows, processing_class, args))
+                train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args.row_options())
+            eval_dataset = map_datasets(
+                "eval_dataset",
+                eval_dataset,
+                lambda *rows: prepare_rows(*rows, processing_class, args.row_options(), training=False),
+            )
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
         self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
         super().__init__(
@@ -280,7 +284,7 @@ class NCATrainer(ResumableTrainer):
         ref_logps = self._per_token(self._ref_logps(batch), batch)
         logps = self._per_token(self.compute_logps(model, batch), batch)
         lengths = torch.ones_like(batch["lengths"]) if args.average else batch["lengths"]  # averages are per token already
-        options = args.loss_options(lengths=lengths, baseline=baseline)
+        options = args.loss_options(lengths=lengths, baseline=baseline, desirable=batch.get("desirable"))
         loss, rewards = group_loss(args.loss, logps, ref_logps, scores, mask=mask, reduction="sum", **options)
         metrics = self._train_metrics if model.training else self._eval_metrics
         tokens = (batch["branches"] >= 0 if "branches" in batch else batch["attention_mask"]).sum()
@@ -315,7 +319,7 @@ class NCATrainer(ResumableTrainer):
 
     def _prepared(self, name: str, rows: Rows) -> Dataset:
         with self.args.main_process_first(desc="rows"):
-            rows = prepare_rows(name, rows, self.processing_class, self.args.row_options())
+            rows = prepare_rows(name, rows, self.processing_class, self.args.row_options(), training=False)
         return self._rows_with_ref_logps(name, rows)
 
     def evaluation_loop(
