@@ -58,8 +58,14 @@ def score_file(
         OSError: a file or model that cannot be read or written.
     """
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long pass: it may be no place to write
-    rows = load_groups(str(data), split=split, scores_required=False).rows
+    groups = load_groups(str(data), split=split, scores_required=False)
+    rows = groups.rows
     lines = _lines(str(data), split)
+    if groups.dropped:
+        row, (problem, *_) = next(iter(groups.dropped.items()))
+        raise ValueError(f"{data}: row {row}, {problem}")
+    if len(lines) != len(rows):
+        raise ValueError(f"{data}: got {len(lines)} rows for {len(rows)} prompts, wanted a row a prompt with all its responses")
     settings = _settings(model)
     if max_length is None and (max_length := settings.get("max_length")) is not None:
         print(f"max_length {max_length}, as {Path(model) / RUN} says")

@@ -196,7 +196,7 @@ def _with_desirable(name: str, rows: Dataset, threshold: float | None) -> Datase
     if threshold is None:
         if not (flat > 0).any() or not (flat < 0).any():
             raise ValueError(
-                f"{name}: column scores: from {flat.min():g} to {flat.max():g}, so their sign does not tell good responses from bad; "
+                f"{name}: column scores: from {flat.min():g} to {flat.max():g}, so their sign does not tell good from bad; "
                 "wanted kto_threshold, the least score of a good one, or labels (prompt, completion, label)"
             )
         if not flat.all():
