@@ -31,9 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nca-kernels", description="Align language models with scored responses.")
     parser.add_argument("--version", action="version", version=f"nca_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (_add_train, _add_score, _add_doctor, _add_demo, _add_reproduce):
+    for add_command in (_add_train, _add_inspect, _add_score, _add_doctor, _add_demo, _add_reproduce):
         add_command(commands)
-    arguments = parser.parse_args(argv)
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.command == "inspect":  # its --rows may stand before or after the keys of the run
+        arguments.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         return arguments.run(arguments) or 0
     # What the user can mend. Anything else is a defect: its traceback is wanted, and exits with 1 as well.
@@ -104,6 +108,35 @@ def _train(arguments: argparse.Namespace) -> int | None:
         train(trainer)
     except (ValueError, FloatingPointError) as error:  # a checkpoint that cannot be resumed; a loss that is not finite
         return _failed("train", str(error))
+    return None
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a run would train on: layout, lengths, scores, decoded rows and warnings",
+        usage="nca-kernels inspect CONFIG [--rows N] [--KEY VALUE ...]",
+        allow_abbrev=False,
+        description="What `nca-kernels train CONFIG` would train on. Loads data and tokenizer, no weights.",
+    )
+    inspect.add_argument("config", metavar="CONFIG", help="a YAML file of key: value")
+    inspect.add_argument("--rows", type=_positive(int), default=1, help="how many rows to decode (%(default)s)")
+    inspect.set_defaults(run=_inspect, parser=inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int | None:
+    from .integrations.commands.run_config import UsageError, read_run
+
+    try:
+        run = read_run(arguments.config, arguments.overrides)
+    except UsageError as error:
+        arguments.parser.error(str(error))
+    from .integrations.commands.inspect import inspect_run
+
+    try:
+        inspect_run(run, rows=arguments.rows)
+    except ValueError as error:
+        return _failed("inspect", str(error))
     return None
 
 

@@ -47,11 +47,11 @@ def prepare(run: Run) -> NCATrainer:
     model = policy_of(sources.model, peft_config, config.seed, config.model_init_kwargs)
     total = sum(map(_size, model.parameters()))
     say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
-    say(f"data     {sources.data}: {_described(train)}")
+    say(f"data     {sources.data}: {describe_groups(train)}")
     say(f"layout   {train.layout}")
     if heldout is not None:
-        say(f"eval     {sources.eval_data}: {_described(heldout)}")
-    say(f"loss     {_loss(config, train.preference)}")
+        say(f"eval     {sources.eval_data}: {describe_groups(heldout)}")
+    say(f"loss     {describe_loss(config, train.preference)}")
     say(f"batch    {_batch(config)}")
     say(f"kernels  {_kernels(config, model.dtype)}")
     with config.main_process_first(desc="tokens"):
@@ -126,7 +126,8 @@ def _lora(keywords: dict[str, Any] | None) -> PeftConfig | None:
     return LoraConfig(**{"task_type": "CAUSAL_LM", **keywords})
 
 
-def _described(groups: Groups) -> str:
+def describe_groups(groups: Groups) -> str:
+    """Prompts, responses, K and what was left out, in words."""
     counts = [len(scores) for scores in groups.rows["scores"]]
     low, high = min(counts), max(counts)
     K = f"K = {low}" if low == high else f"K = {low} to {high}"
@@ -136,7 +137,8 @@ def _described(groups: Groups) -> str:
     return f"{len(counts)} prompts, {sum(counts)} responses, {K}{skipped}"
 
 
-def _loss(config: NCAConfig, preference: bool) -> str:
+def describe_loss(config: NCAConfig, preference: bool) -> str:
+    """The loss and its parameters, in words."""
     about = f"{config.loss}, beta {config.beta:g}"
     if "alpha" in LOSSES[config.loss].takes:
         about += f", alpha {config.alpha:g}" + (" (chosen and rejected: a preference)" if preference else "")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...loss_table import LOSSES
 from .load import Groups, load_groups
-from .tokenize import tokenize_groups
+from .tokenize import TokenizedGroups, tokenize_groups
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +111,24 @@ def _loaded(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenize
 
 def tokenized(groups: Groups, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Dataset:
     """The rows of ``groups`` as ids, cut as ``options`` says; with KTO's labels where a preference gives them."""
-    rows = tokenize_groups(
+    return tokenized_with_counts(groups, tokenizer, options).rows
+
+
+def tokenized_with_counts(groups: Groups, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> TokenizedGroups:
+    """The rows of :func:`tokenized`, with the counts of what was cut."""
+    made = tokenize_groups(
         groups,
         tokenizer,
         max_length=options.max_length,
         max_prompt_length=options.max_prompt_length,
         chat_template_kwargs=options.chat_template_kwargs,
         skip_bad_rows=options.skip_bad_rows,
-    ).rows
-    if options.loss == "kto" and groups.preference and "desirable" not in rows.column_names:
-        rows = rows.add_column("desirable", [[score > 0 for score in scores] for scores in rows["scores"]])
-    return rows
+    )
+    if options.loss != "kto" or not groups.preference or "desirable" in made.rows.column_names:
+        return made
+    return made._replace(
+        rows=made.rows.add_column("desirable", [[score > 0 for score in scores] for scores in made.rows["scores"]])
+    )
 
 
 def _check(name: str, rows: Dataset) -> None:
