@@ -163,7 +163,5 @@ def _alpha_warning(scores: list[list[float]], alpha: float) -> list[str]:
     if gap / alpha < 0.2:
         return [f"alpha {alpha:g} is far above the scores' differences (median {gap:g}): all responses weigh nearly the same"]
     if gap / alpha > 20:
-        return [
-            f"alpha {alpha:g} is far below the scores' differences (median {gap:g}): the best response has all the weight, as with 0"
-        ]
+        return [f"alpha {alpha:g} is far below the scores' differences (median {gap:g}): the best has all the weight"]
     return []

@@ -118,13 +118,14 @@ def load_groups(
     name, raw = _open(source, split, config_name)
     options = {"scores_required": scores_required, "skip": skip_bad_rows, "columns": columns}
     rows = _converted(raw, options)
-    forced = _one_layout_a_file(rows)
+    # Scores of two layouts are hardly of one unit; without scores there is nothing to mix.
+    forced = _one_layout_a_file(rows) if scores_required else None
     # Where texts have a system message or tools, all rows are chats.
     chat = any(rows["promoted"]) and "text" in set(rows["kind"])
     if forced or chat:
         rows = _converted(raw, {**options, "forced": forced, "chat": chat})
     rows = rows.filter(lambda layout, problem: layout is not None or problem is not None, input_columns=["layout", "problem"])
-    return _groups(name, rows, skip_bad_rows)
+    return _groups(name, rows, skip_bad_rows, one_unit=scores_required)
 
 
 def _checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
@@ -274,9 +275,9 @@ def _one_layout_a_file(rows: Dataset) -> dict[str, str] | None:
     return {file: max(scores, key=lambda name: (scores[name], rows_of[file][name], order[name])) for file, scores in found.items()}
 
 
-def _groups(name: str, rows: Dataset, skip_bad_rows: bool) -> Groups:
+def _groups(name: str, rows: Dataset, skip_bad_rows: bool, *, one_unit: bool) -> Groups:
     problems = {i: problem for i, problem in enumerate(rows["problem"]) if problem is not None}
-    _refuse_mixtures(rows, problems)
+    _refuse_mixtures(rows, problems, one_unit)
     report(name, rows.select_columns(["file", "row"]), problems, skip_bad_rows)
     kept = [i for i, kind in enumerate(rows["kind"]) if kind is not None and i not in problems]
     if not kept:
@@ -335,7 +336,7 @@ def _described(layouts: list[Layout], rows: Dataset) -> str:
     return "; ".join(layout.described() for layout in layouts) + (f" (also fits {others}, with fewer scores)" if others else "")
 
 
-def _refuse_mixtures(rows: Dataset, problems: dict[int, str]) -> None:
+def _refuse_mixtures(rows: Dataset, problems: dict[int, str], one_unit: bool) -> None:
     """Adds to the problems: texts among chats, and scores of one kind among scores of another."""
     kinds, layouts = rows["kind"], rows["layout"]
     kind = next((kind for i, kind in enumerate(kinds) if kind is not None and i not in problems), None)
@@ -346,7 +347,7 @@ def _refuse_mixtures(rows: Dataset, problems: dict[int, str]) -> None:
             continue
         if other != kind:
             problems[i] = f"column prompt: {other}, where the first row is {kind}; wanted one kind"
-        elif _layout(layout).unit != unit:
+        elif one_unit and _layout(layout).unit != unit:
             problems[i] = f"column {_layout(layout).columns()}: a {_layout(layout).unit} among rows of {unit}; wanted one kind"
 
 
