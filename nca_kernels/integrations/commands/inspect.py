@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ...loss_table import LOSSES
 from ..data.load import Groups
 from ..data.rows import prepare_rows, tokenized_with_counts
 from ..data.tokenize import TokenizedGroups
@@ -81,7 +82,7 @@ def _scores(rows: Dataset, config: NCAConfig) -> list[str]:
     if config.loss == "kto":
         labels = [label for row in rows["desirable"] for label in row]
         lines.append(f"labels   {sum(labels)} desirable, {len(labels) - sum(labels)} not")
-    elif config.loss in ("nca", "info_nca"):
+    elif "alpha" in LOSSES[config.loss].takes:
         lines.append(f"weights  the best response of a prompt has {_best_weight(scores, config.alpha):.0%} of it, on average")
     return lines
 
@@ -130,14 +131,14 @@ def _warnings(rows: Dataset, made: TokenizedGroups, groups: Groups, config: NCAC
     """What the user might regret."""
     found = []
     scores = rows["scores"]
-    if config.loss != "kto":
+    if config.loss != "kto" and config.nll_weight == 0:
         same = sum(len(set(row)) < 2 for row in scores)
         if same:
             all_of_them = "; training would be refused" if same == len(scores) else ""
             found.append(f"{same} of {len(scores)} prompts have no two different scores and teach nothing{all_of_them}")
-    if config.loss in ("nca", "info_nca") and config.alpha > 0 and not groups.preference:
+    if "alpha" in LOSSES[config.loss].takes and config.alpha > 0 and not groups.preference:
         found += _alpha_warning(scores, config.alpha)
-    if groups.preference and config.alpha > 0 and config.loss in ("nca", "info_nca"):
+    if groups.preference and config.alpha > 0 and "alpha" in LOSSES[config.loss].takes:
         found.append(f"chosen and rejected say which is better, not by how much; wanted alpha: 0, got {config.alpha:g}")
     if made.responses_cut:
         found.append(f"{made.responses_cut} responses lose the words before their end token; a larger max_length keeps them")

@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from ...loss_table import LOSSES
+from .layouts import WANTED, begun
 from .load import Groups, load_groups
 from .tokenize import TokenizedGroups, tokenize_groups
 
@@ -34,6 +35,7 @@ class RowOptions(NamedTuple):
     chat_template_kwargs: dict[str, Any] | None = None
     skip_bad_rows: bool = False
     kto_threshold: float | None = None
+    nll_weight: float = 0.0
     seed: int = 42
 
 
@@ -77,7 +79,7 @@ def prepare_rows(
             rows = _with_desirable(name, rows, options.kto_threshold)
         if "mismatched_ids" not in rows.column_names:
             rows = _with_mismatched(name, rows)
-    elif training:
+    elif training and options.nll_weight == 0:
         _refuse_without_preference(name, rows)
     return rows
 
@@ -94,8 +96,10 @@ def _table(name: str, rows: list[dict]) -> Dataset:
 
 
 def _loaded(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
+    columns = list(rows[0] if isinstance(rows, list) else rows.column_names)
+    if begun(dict.fromkeys(columns)) is None:
+        raise ValueError(f"{name}: got the columns {', '.join(columns)}; wanted {WANTED}")
     if tokenizer is None:
-        columns = rows[0] if isinstance(rows, list) else rows.column_names
         raise ValueError(
             f"processing_class: got None, wanted a tokenizer, since {name} has no prompt_ids (but {', '.join(columns)})"
         )
@@ -103,7 +107,7 @@ def _loaded(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenize
         groups = load_groups(rows, skip_bad_rows=options.skip_bad_rows)
         made = tokenized(groups, tokenizer, options)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {str(error).removeprefix('rows: ').removeprefix('dataset: ')}") from error
     if groups.preference and options.alpha > 0 and "alpha" in LOSSES[options.loss].takes:
         logger.warning("%s: chosen and rejected say which is better, not by how much; wanted alpha=0, got %g", name, options.alpha)
     return made
