@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from tqdm import tqdm
 
 from ... import files
 from ...scores import score_pairs
 from ..data.collator import GroupCollator, group_logps
-from ..data.load import load_groups
+from ..data.load import load_groups, source_rows
 from ..data.tokenize import tokenize_groups
 from ..models.heads import model_logps
 from ..models.pretrained import load_model, load_tokenizer
@@ -60,7 +60,7 @@ def score_file(
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long pass: it may be no place to write
     groups = load_groups(str(data), split=split, scores_required=False)
     rows = groups.rows
-    lines = _lines(str(data), split)
+    lines = source_rows(str(data), split=split)
     if groups.dropped:
         row, (problem, *_) = next(iter(groups.dropped.items()))
         raise ValueError(f"{data}: row {row}, {problem}")
@@ -89,15 +89,6 @@ def score_file(
     right, pairs = ordered_pairs(columns[judge], rows["scores"])
     if pairs:
         print(f"accuracy   {right / pairs:.1%} of {pairs} pairs of different scores are in that order by {judge}")
-
-
-def _lines(data: str, split: str) -> list[dict[str, Any]]:
-    """The rows with all their columns; of a JSONL file as they stand, since a table would add the columns of other rows."""
-    if data.endswith((".jsonl", ".json")):
-        return [json.loads(line) for line in Path(data).read_text(encoding="utf-8").split("\n") if line.strip()]
-    if data.endswith(".parquet"):
-        return load_dataset("parquet", data_files=data, split="train").to_list()
-    return load_dataset(data, split=split).to_list()
 
 
 def _settings(model: str) -> dict[str, Any]:

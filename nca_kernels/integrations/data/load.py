@@ -128,6 +128,24 @@ def load_groups(
     return _groups(name, rows, skip_bad_rows, one_unit=scores_required)
 
 
+def source_rows(source: Source, *, split: str = "train", config_name: str | None = None) -> list[dict]:
+    """The rows of what :func:`load_groups` takes as they stand, with all their columns; empty lines are no rows.
+
+    Raises:
+        ValueError: a record that is no row, by file and row.
+    """
+    name, raw = _open(source, split, config_name)
+    if raw.features != _RAW:
+        return [without_nulls(row, dict(raw.features)) for row in raw]
+    rows = []
+    for record in raw:
+        if record["problem"] is not None:
+            raise ValueError(f"{record['file'] or name}: row {record['row']}, {record['problem']}")
+        if record["json"] is not None:
+            rows.append(_parsed(record["json"]))
+    return rows
+
+
 def _checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
     if columns is None:
         return None
