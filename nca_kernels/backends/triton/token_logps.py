@@ -292,6 +292,12 @@ def _bwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
     return _launch(V, itemsize, words_per_thread=2, trips=1, most_warps=8)
 
 
+def _row_strides(logits: torch.Tensor) -> tuple[int, int]:
+    """The strides between rows [N, T]. Of a dimension of size 1 it is 0: whatever it is, no address depends on it."""
+    stride_n, stride_t = (stride if size > 1 else 0 for size, stride in zip(logits.shape[:2], logits.stride()[:2], strict=True))
+    return stride_n, stride_t
+
+
 def token_logps_fwd(
     logits: torch.Tensor,  # [N, T, V], last stride 1
     labels: torch.Tensor,  # [N, T] int64
@@ -317,8 +323,7 @@ def token_logps_fwd(
             stats,
             T,
             V,
-            logits.stride(0),
-            logits.stride(1),
+            *_row_strides(logits),
             ignore_index,
             vocab_start,
             vocab_total,
@@ -349,7 +354,7 @@ def token_logps_bwd(
         return
     itemsize = logits.element_size()
     launch = _bwd_launch(V, itemsize)
-    strides, dstrides = logits.stride()[:2], dlogits.stride()[:2]
+    strides, dstrides = _row_strides(logits), _row_strides(dlogits)
     aligned = all(x % 16 == 0 for x in (logits.data_ptr(), *(s * itemsize for s in strides)))
     shifts = [(a - b) * itemsize for a, b in zip(strides, dstrides, strict=True)]
     alike = all(x % 16 == 0 for x in (logits.data_ptr() - dlogits.data_ptr(), *shifts))
