@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, without a network, in calls that end within 530 s, each with a summary last:
-#   bash bench/gpu.sh --only tests,sanitize
-#   bash bench/gpu.sh --only logps,linear,group,step,numerics
+#   bash bench/gpu.sh --only doctor,tests,sanitize
+#   bash bench/gpu.sh --only logps,linear,syncs,step,group,numerics
 #   bash bench/gpu.sh --only tune
-# The parts' times are shares of what a call has: fewer parts, more for each. Without --only: all but tune. The extension is
-# always built first, unless that is done. A part that fails or cannot run does not stop the others.
+# The parts run in this order: what decides most comes first. Their times are shares of what a call has: fewer parts, more for
+# each. Without --only: all but tune. The extension is always built first, unless that is done. A part that fails or cannot run
+# does not stop the others.
 #   --out DIR             the logs and the JSON go there, in place of out/gpu and bench/results/<device>; and DIR/gpu.tgz, one
 #                         file that holds all of both that this call wrote
 #   PYTHON                the interpreter (default: python3). Peers are whatever it imports: put wheels' folders on PYTHONPATH
@@ -16,12 +17,15 @@ export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 DEADLINE=500 # s; a part stopped there takes 10 more to end, the summary up to 20
 
-PARTS=(build tests sanitize logps linear group step numerics tune)
-declare -A share=([tests]=240 [sanitize]=120 [logps]=180 [linear]=90 [group]=60 [step]=120 [numerics]=40 [tune]=300)
+PARTS=(build doctor tests sanitize logps linear syncs step group numerics tune)
+declare -A share=(
+  [doctor]=30 [tests]=240 [sanitize]=150 [logps]=180 [linear]=90 [syncs]=30 [group]=60 [step]=120 [numerics]=40 [tune]=300
+)
 declare -A needs=(
   [build]="nvcc" [tests]="gpu pytest" [sanitize]="gpu pytest compute-sanitizer" [step]="gpu transformers datasets peft accelerate"
+  [syncs]="gpu transformers datasets peft accelerate"
 )
-only=tests,sanitize,logps,linear,group,step,numerics out=""
+only=doctor,tests,sanitize,logps,linear,syncs,step,group,numerics out=""
 while (($#)); do
   case $1 in
     --only) only=${2:?--only wants parts} ;;
@@ -80,43 +84,53 @@ run_build() {
   NCA_KERNELS_BUILD=cuda "$PYTHON" setup.py build_ext --inplace && echo "$sources" >build/built-from
 }
 
+run_doctor() { "$PYTHON" -m nca_kernels doctor; }
+
 run_tests() {
   local workers=()
   # By file: the tests of large tensors, all in one, do not meet in the GPU's memory.
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist loadfile)
   # What runs on a GPU; the rest of the suite does not know whether there is one.
   "$PYTHON" -m pytest -q "${workers[@]}" --require-backend=triton,cuda \
-    tests/test_{gpu,token_logps,group_loss,linear,ops,memory,properties,bad_input,dispatch}.py
+    tests/test_{gpu,token_logps,row_stats,group_loss,linear,ops,memory,properties,bad_input,dispatch}.py
+}
+
+sanitized() { # log, tool, tests' -k: the kernels' tests under the tool, in the background
+  # A timeout of its own: each tool ends before the part does, so that all are judged, and INT is heard in a background job.
+  timeout --signal=INT --kill-after=5 $((limit - 10)) compute-sanitizer --tool "$2" "$PYTHON" -m pytest -q -p no:cacheprovider \
+    tests/test_token_logps.py tests/test_row_stats.py tests/test_group_loss.py \
+    -k "$3 and not (32000 or 50257 or 128256 or 151936 or 262144)" >"$logs/$1.log" 2>&1 &
 }
 
 run_sanitize() {
-  local tools=(memcheck racecheck initcheck) tool failures=0 reports verdict
-  # No cache: each tensor is then an allocation of its own, with bounds and a history that the tools know. Each tool has a
-  # timeout of its own: it ends before the part does, so that all are judged, and is heard where a background job ignores INT.
-  for tool in "${tools[@]}"; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=5 $((limit - 10)) \
-      compute-sanitizer --tool "$tool" "$PYTHON" -m pytest -q -p no:cacheprovider \
-      tests/test_token_logps.py tests/test_group_loss.py -k 'cuda and not (32000 or 50257 or 128256 or 151936 or 262144)' \
-      >"$logs/$tool.log" 2>&1 &
-  done
+  local runs=(memcheck racecheck initcheck memcheck-triton) name failures=0 reports verdict
+  # Without the cache each tensor is an allocation of its own, with bounds and a history that the tools know.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for name in memcheck racecheck initcheck; do sanitized "$name" "$name" cuda; done
+  # Triton's kernels read whole 16-byte words, up to 14 bytes past a row, which only allocations of a multiple of 16 bytes cover:
+  # the cache's are of 512 (tests/test_triton_launch.py shows that no word is without an element of the row).
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  sanitized memcheck-triton memcheck "triton and (stride or alignment or values or infinity or reference)"
   wait
-  for tool in "${tools[@]}"; do
+  for name in "${runs[@]}"; do
     # PyTorch's own kernels are under the tool, too: only what names ours counts. The tools' lines begin with ====, pytest's
     # last with a number.
-    reports=$(grep -cE '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$tool.log")
-    verdict=$(grep -E '^[0-9]+ [a-z]+.* in [0-9.]+s|KeyboardInterrupt !' "$logs/$tool.log" | tail -2 | paste -sd ' ')
-    echo "$tool: $reports reports on this package's kernels; ${verdict:-pytest did not end}"
+    reports=$(grep -cE '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$name.log")
+    verdict=$(grep -E '^[0-9]+ [a-z]+.* in [0-9.]+s|KeyboardInterrupt !' "$logs/$name.log" | tail -2 | paste -sd ' ')
+    echo "$name: $reports reports on this package's kernels; ${verdict:-pytest did not end}"
     if ((reports)) || [[ ! $verdict =~ [0-9]+\ passed || $verdict =~ failed|error|Interrupt ]]; then
       failures=$((failures + 1))
-      grep -A12 -m3 -E '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$tool.log" || tail -20 "$logs/$tool.log"
+      grep -A12 -m3 -E '^=+ .*(token_logps|group_loss)_[a-z]+_kernel' "$logs/$name.log" || tail -20 "$logs/$name.log"
     fi
   done
   return "$failures"
 }
 
+run_syncs() { "$PYTHON" -m bench.syncs; }
+
 # One GPU: with several in sight transformers would take them all.
 run_bench() { CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} "$PYTHON" -m bench "$1" --device cuda --out "$results"; }
-export -f run_build run_tests run_sanitize run_bench
+export -f run_build run_doctor run_tests sanitized run_sanitize run_syncs run_bench
 
 part() { # name, seconds
   local name=$1 command code started=$SECONDS

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import nca_kernels
+from nca_kernels.backends import BACKENDS
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -47,3 +49,51 @@ def test_the_stride_of_a_dimension_of_size_1_is_no_obstacle(stores_whole_words):
     assert stores_whole_words(lambda x: x[:1, :1, :1000])
     assert not stores_whole_words(lambda x: x[:2, :-1])  # rows of the second sequence start elsewhere in their words
     assert not stores_whole_words(lambda x: x[:1, :, 1:])
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """The addresses of the elements of rows that kernels load and store, since it was last asked."""
+    runtime = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter shows the addresses; on a GPU the sanitizers see them")
+    builder, addresses = runtime.InterpreterBuilder, {"load": [], "store": []}
+
+    def record(kind: str) -> None:
+        function = getattr(builder, f"create_masked_{kind}")
+
+        def recorded(self, pointers, *arguments):
+            mask = arguments[0 if kind == "load" else 1].data
+            if pointers.data.ndim == 2:  # a block of a row; labels, statistics and log-probs are single elements
+                addresses[kind].append(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
+            return function(self, pointers, *arguments)
+
+        monkeypatch.setattr(builder, f"create_masked_{kind}", recorded)
+
+    def taken(kind: str) -> np.ndarray:
+        found = np.unique(np.concatenate(addresses[kind]))
+        addresses[kind].clear()
+        return found
+
+    record("load")
+    record("store")
+    return taken
+
+
+@pytest.mark.parametrize("V", [1, 5, 1027])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_16_byte_word_that_is_read_holds_an_element_of_the_row(touched, dtype, V):
+    """So a read past a row stays within what allocators of multiples of 16 bytes have given; no write leaves the row."""
+    backend = BACKENDS["triton"]
+    store, out = torch.zeros(2, V + 16, dtype=dtype)
+    labels, dlogps = torch.randint(V, (1, 1)), torch.ones(1, 1)
+    options = {"ignore_index": -100, "scale": 1.0, "softcap": None, "vocab_start": 0, "vocab_total": V}
+    for offset in range(16 // dtype.itemsize):
+        logits, dlogits = store[offset:][:V].view(1, 1, V), out[3:][:V].view(1, 1, V)
+        stats = torch.empty(4, 1, 1)
+        backend.token_logps_fwd(logits, labels, torch.empty(1, 1), stats, **options)
+        backend.token_logps_bwd(dlogps, logits, labels, stats, dlogits, **options)
+        first, last = logits.data_ptr(), logits.data_ptr() + (V - 1) * dtype.itemsize
+        assert set(touched("load") // 16) == set(range(first // 16, last // 16 + 1))
+        written = dlogits.data_ptr() + np.arange(V) * dtype.itemsize
+        assert set(touched("store")) == set(written)
