@@ -89,6 +89,25 @@ def test_steps_with_terms_of_every_loss(loss, options, average, tmp_path):
     assert_same_weights(weights(trainer), wanted, tiny("llama").state_dict(), rtol=2e-3)
 
 
+def test_logits_of_a_low_precision_model_in_float32(tmp_path):
+    """Of policy and reference: their log-probs come closer to those of logits in float64, and are not taken from one cache."""
+    model, rows, errors = tiny("llama").bfloat16(), make_rows(4), []
+    by_id = [row["prompt_ids"] + row["response_ids"][0] for row in rows]
+    for logits_dtype in (None, "float32"):
+        options = {"logits_dtype": logits_dtype, "reference_cache_dir": str(tmp_path / "cache")}
+        trainer = NCATrainer(model, config(tmp_path, **options), rows)
+        error = 0.0
+        for row, ids, ref_logps in zip(rows, by_id, trainer.train_dataset["ref_logps"], strict=True):
+            with torch.no_grad():
+                hidden = model.model(torch.tensor([ids])).last_hidden_state[0].double()
+            labels = torch.tensor(row["response_ids"][0])
+            logps = (hidden @ model.lm_head.weight.double().T).log_softmax(-1)[len(row["prompt_ids"]) - 1 : -1]
+            error += abs(logps.gather(1, labels[:, None]).sum().item() - ref_logps[0])
+        errors.append(error)
+    assert errors[1] < 0.2 * errors[0], errors
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
 @pytest.mark.parametrize("loss", ["nca", "dpo", "kto"])
 def test_accumulation(loss, tmp_path):
     """4 prompts at once, 2 x 2 and 4 x 1, with ragged K and an uneven end, are the same steps."""
@@ -321,6 +340,7 @@ def test_plots(tmp_path):
         ({"reference": "none"}, "reference: got 'none'"),
         ({"max_length": 3}, "max_length: got 3"),
         ({"save_budget": -1}, "save_budget: got -1"),
+        ({"logits_dtype": "bfloat16"}, "logits_dtype: got 'bfloat16', wanted one of 'float32'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True"),

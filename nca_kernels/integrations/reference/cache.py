@@ -46,7 +46,7 @@ def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
     Args:
         weights: of :func:`weights_digest`.
         rows: with ``prompt_ids`` and ``response_ids``; what else they hold does not count.
-        numerics: the mixed precision that the pass runs in.
+        numerics: the mixed precision that the pass runs in, and the dtype of its logits if that is a setting.
     """
     ids = columns_digest(rows.select_columns(["prompt_ids", "response_ids"]))
     return xxhash.xxh3_128(f"{weights} {numerics} {ids}".encode()).hexdigest()

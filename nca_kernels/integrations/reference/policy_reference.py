@@ -25,6 +25,7 @@ class ReferenceOptions(NamedTuple):
     reference: str = "precompute"
     reference_cache_dir: str = "_reference_cache"
     mixed_precision: str = "no"
+    logits_dtype: str | None = None
     per_device_eval_batch_size: int = 8
     disable_tqdm: bool = False
 
@@ -91,7 +92,8 @@ class PolicyReference:
         if self._options.reference == "model":
             return rows
         base = model is policy and self._is_base
-        key = cache_key(weights_digest(model, base=base), missing, self._options.mixed_precision)
+        numerics = " ".join(filter(None, (self._options.mixed_precision, self._options.logits_dtype)))
+        key = cache_key(weights_digest(model, base=base), missing, numerics)
         with as_reference(model, base=base), self._accelerator.autocast():
             ref_logps = reference_logps(
                 missing,

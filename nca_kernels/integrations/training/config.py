@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -15,6 +16,7 @@ from ...losses import check_terms
 from ..data.rows import RowOptions
 
 REFERENCES = ("precompute", "model")
+LOGITS_DTYPES = {"float32": torch.float32}
 
 
 def _option(default: object, about: str):
@@ -52,6 +54,8 @@ class NCAConfig(TrainingArguments):
             (which ``push_to_hub`` leaves out, for its underscore).
         model_init_kwargs: keywords of ``from_pretrained`` for a ``model`` given by its name (``dtype``, ``attn_implementation``,
             ``revision``, ``quantization_config``, ...).
+        logits_dtype: ``"float32"``: logits of a 16-bit head are kept in float32, so that a log-prob is right to 1e-5
+            (:func:`nca_kernels.linear_token_logps`); ``None``: in the dtype of the head's input.
         save_budget: bytes of logits tiles that a trained head keeps (:func:`nca_kernels.linear_token_logps`).
         max_bad_losses: >= 1; so many micro-batches in a row with a NaN or infinite loss stop the run, at the next log. A model
             whose last loss or weights are not finite is never saved.
@@ -87,6 +91,7 @@ class NCAConfig(TrainingArguments):
     reference: str = _option("precompute", "precompute: once, into a cache on disk; model: at every step")
     reference_cache_dir: str | None = _option(None, "folder of the cache; None: $NCA_KERNELS_CACHE or in output_dir")
     model_init_kwargs: dict[str, Any] | None = _option(None, "keywords of from_pretrained: dtype, attn_implementation, ...")
+    logits_dtype: str | None = _option(None, "float32: keep the logits of a 16-bit head in float32; None: in its own dtype")
     save_budget: int = _option(0, "bytes of logits tiles that a trained head keeps")
     max_bad_losses: int = _option(3, "NaN or infinite losses in a row that stop the run, >= 1")
     learning_rate: float = _option(5e-6, "initial learning rate")
@@ -101,6 +106,8 @@ class NCAConfig(TrainingArguments):
         checks.one_of("pairs", self.pairs, PAIRS)
         check_terms(self.loss, self.label_smoothing, self.nll_weight)
         checks.one_of("reference", self.reference, REFERENCES)
+        if self.logits_dtype is not None:
+            checks.one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         for name, low in (
             ("num_responses", 2),
             ("max_length", 4),
@@ -130,6 +137,13 @@ class NCAConfig(TrainingArguments):
         given = {"alpha": self.alpha, "pairs": self.pairs, "label_smoothing": self.label_smoothing, **of_batch}
         taken = {*LOSSES[self.loss].takes, *(("lengths",) if self.nll_weight > 0 else ())}
         return {"beta": self.beta, "nll_weight": self.nll_weight} | {name: given[name] for name in given if name in taken}
+
+    def head_options(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`~nca_kernels.integrations.model_logps` that are keys of the configuration."""
+        return {
+            "logits_dtype": None if self.logits_dtype is None else LOGITS_DTYPES[self.logits_dtype],
+            "save_budget": self.save_budget,
+        }
 
     def row_options(self) -> RowOptions:
         """The keys that say how rows are prepared."""

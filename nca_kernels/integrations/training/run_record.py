@@ -26,7 +26,7 @@ from .config import NCAConfig
 _DECISIVE = (
     *("loss", "beta", "alpha", "pairs", "average", "reference", "max_grad_norm", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "warmup_steps", "gradient_accumulation_steps"),
-    *("per_device_train_batch_size", "train_sampling_strategy", "label_smoothing", "nll_weight"),
+    *("per_device_train_batch_size", "train_sampling_strategy", "label_smoothing", "nll_weight", "logits_dtype"),
 )
 # Where a run lies and what it prints, not what it is; and secrets.
 _NOT_SETTINGS = {"resume_from_checkpoint", "hub_token", "push_to_hub_token", "local_rank"}

@@ -200,7 +200,7 @@ class NCATrainer(ResumableTrainer):
             batch: of the collator, on the model's device. Only its tokens and ``mask`` count.
         """
         inputs = {"attention_mask": None, **model_inputs(model, batch)}
-        token_logps = model_logps(model, **inputs, labels=batch["labels"], save_budget=self.args.save_budget)
+        token_logps = model_logps(model, **inputs, labels=batch["labels"], **self.args.head_options())
         return group_logps(token_logps, batch)
 
     def _ref_logps(self, batch: Batch) -> Tensor:
