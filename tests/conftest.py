@@ -11,9 +11,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined, so before any import of them
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # else DeepSpeed prints to stdout, wherever accelerate imports it, that it guesses so
+    # Else DeepSpeed prints its guess to stdout wherever accelerate imports it.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if importlib.util.find_spec("triton"):
+    import triton.language  # noqa: F401  # now: its own functions are interpreted or not as the variable says at their import
 
 import interpreter
 import pytest

@@ -4,13 +4,15 @@ docs/guide.md, which is one long session, has tests of its own in test_guide.py.
 """
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from nca_kernels import dispatch, functional, linear_functional, losses
+import nca_kernels
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -21,10 +23,24 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("module", [dispatch, functional, linear_functional, losses], ids=lambda module: module.__name__)
-def test_docstring_examples(module, default_dispatch):
-    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": __import__("torch")})
+PACKAGE = Path(nca_kernels.__file__).parent
+WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text())
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstring_examples(path, default_dispatch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "integrations" in path.parts:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    module = importlib.import_module(name)
+    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": torch})
     assert results.failed == 0 and results.attempted > 0
+
+
+def test_every_public_function_has_an_example():
+    functions = [getattr(nca_kernels, name) for name in nca_kernels.__all__ if name.islower() and not name.startswith("_")]
+    assert [function.__name__ for function in functions if ">>> " not in (function.__doc__ or "")] == []
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,22 @@ def test_every_table_is_filled(tables):
         for name in {"cpu", "triton"} & set(row):
             # Never far above PyTorch's own in float32, whose roundings differ.
             for ours, peer in zip(_errors(row[name]), _errors(row["PyTorch in float32"]), strict=True):
-                bound = 1.5 * peer + 3 if name == "cpu" or row.get("dtype") != "bfloat16" else None
-                assert bound is None or ours <= bound, row
+                # Triton's interpreter truncates bfloat16, to 0 below the normal numbers: there it is up to 127 spacings off.
+                cut = 127 if name == "triton" and row.get("dtype") == "bfloat16" and row.get("logits") == "x 30" else 0
+                assert ours <= 1.5 * peer + 3 + cut, (name, row)
 
 
 def test_gradients_of_low_precision_are_rounded_once(tables):
     for row in tables[0]:
         if row["dtype"] != "float32" and row["logits"] != "certain":
             assert _errors(row["cpu"])[1] <= 0.51, row
+            if "triton" in row and row["logits"] != "x 30":
+                # The interpreter truncates bfloat16 where a GPU rounds it.
+                assert _errors(row["triton"])[1] <= (1.01 if row["dtype"] == "bfloat16" else 0.51), row
 
 
 def test_the_dtype_itself_is_no_place_to_compute(tables):
-    """A log-softmax in bfloat16 is off by thousands of float32 units, in values that the kernels have to half a unit."""
+    """A log-softmax in bfloat16 is off by thousands of float32 units where the kernels are off by less than two."""
     for row in tables[0]:
         if row["dtype"] == "bfloat16" and row["logits"] == "x 1":
             assert _errors(row["cpu"])[0] < 2 and _errors(row["PyTorch in the dtype"])[0] > 1000
