@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,12 +103,18 @@ def saved_under_hooks(node: object) -> bool:
 
     Without it, a backward under such hooks reads a gradient in the place of the logits: PyTorch compares no versions there.
     """
-    for name in (n for n in dir(node) if n.startswith(("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"))):
+    for name in _saved_outputs(type(node)):
         saved = getattr(node, name)
         # A PyTorch that does not tell may have hooks there.
         if any(getattr(s, "unpack_hook", True) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):
             return True
     return False
+
+
+@lru_cache(maxsize=256)
+def _saved_outputs(node: type) -> list[str]:
+    """The attributes under which autograd keeps a node's saved outputs, and a function in Python all that it saves."""
+    return [name for name in dir(node) if name.startswith(("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"))]
 
 
 def process_group(name: str) -> dist.ProcessGroup:

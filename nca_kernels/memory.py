@@ -45,6 +45,8 @@ def may_be_overwritten(logits: Tensor, node: object) -> bool:
 def rows_overlap(logits: Tensor) -> bool:
     """Whether two rows ``[..., V]``, whose numbers lie side by side, share a number."""
     V = logits.shape[-1]
+    if logits.is_contiguous():
+        return False
     spaced = sorted((stride, n) for stride, n in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if n > 1)
     extent = V
     for stride, n in spaced:

@@ -123,7 +123,8 @@ def _linear_logits(
 ) -> Tensor:
     # The gradient of weight multiplies hidden by the ignored rows' zeros.
     hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0.0)
-    return F.linear(*(None if t is None else t.to(logits_dtype or hidden.dtype) for t in (hidden, weight, bias)))
+    dtype = logits_dtype or hidden.dtype
+    return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 # --- the weights of a prompt's responses -------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Outcome(NamedTuple):
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        found = self.failure or "values {:.1e}, gradients {:.1e}".format(*self.errors)
+        values, gradients = self.errors or (float("nan"), float("nan"))
+        found = self.failure or f"values {values:.1e}, gradients {gradients:.1e}"
         verdict = "ok" if self.passed else "failed"
         return f"  {self.op:<19} {self.device!s:<7} {self.backend:<7} {dtype:<9} {verdict:<7} {found}"
 

@@ -78,9 +78,13 @@ def differentiable(op: Callable, inputs: int, setup_context: Callable, backward:
 
     def call(*arguments: Any) -> Any:
         # Compilers and function transforms must see the operator before autograd unwraps it. All others skip the dispatcher's
-        # way from the operator to its derivative, which takes 3 us.
-        above = torch.compiler.is_compiling() or _compat.function_transforms_active()
-        return op(*arguments) if above else derivative(*arguments)
+        # way from the operator to its derivative, which takes 3 us, and without a gradient the derivative, too.
+        if torch.compiler.is_compiling() or _compat.function_transforms_active():
+            return op(*arguments)
+        if torch.is_grad_enabled():
+            return derivative(*arguments)
+        with _compat.below_autograd():
+            return op(*arguments)
 
     LIBRARY.impl(op, dispatched, "Autograd")
     return call

@@ -21,9 +21,12 @@ def _forward(logits: Tensor, labels: Tensor, stat_rows: int, options: RowOptions
     if options.backend != "cpu" and checks.are_read(labels):  # the cpu kernel checks the labels itself
         checks.vocabulary(labels, options.ignore_index, logits.shape[-1])
     logps, stats = _empty_results(logits, labels, stat_rows)
-    rows = three_dimensional(logits)
-    shape = rows.shape[:2]
-    options.forward(rows, labels.reshape(shape).contiguous(), logps.view(shape), stats.view(stat_rows, *shape))
+    if logits.ndim == 3:
+        options.forward(logits, labels.contiguous(), logps, stats)
+    else:
+        rows = three_dimensional(logits)
+        shape = rows.shape[:2]
+        options.forward(rows, labels.reshape(shape).contiguous(), logps.view(shape), stats.view(stat_rows, *shape))
     return logps, stats
 
 
@@ -147,20 +150,19 @@ def _write_dlogits(
     dlogits: Tensor,
     options: RowOptions,
 ) -> None:
-    rows = three_dimensional(logits)
-    shape = rows.shape[:2]
-
-    def upstream(gradient: Tensor) -> Tensor:
-        return gradient.reshape(shape).contiguous()
-
+    if logits.ndim != 3:
+        logits, dlogits = three_dimensional(logits), three_dimensional(dlogits)
+        shape = logits.shape[:2]
+        dlogps, labels, stats = dlogps.reshape(shape), labels.reshape(shape), stats.view(len(stats), *shape)
+        dlse, dentropy = (g if g is None else g.reshape(shape) for g in (dlse, dentropy))
     options.backward(
-        upstream(dlogps),
-        rows,
-        upstream(labels),
-        stats.view(len(stats), *shape),
-        three_dimensional(dlogits),
-        dlse=None if dlse is None else upstream(dlse),
-        dentropy=None if dentropy is None else upstream(dentropy),
+        dlogps.contiguous(),
+        logits,
+        labels.contiguous(),
+        stats,
+        dlogits,
+        dlse=None if dlse is None else dlse.contiguous(),
+        dentropy=None if dentropy is None else dentropy.contiguous(),
     )
 
 
