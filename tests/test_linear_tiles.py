@@ -146,3 +146,25 @@ def test_float16_sums_are_no_float32_products(monkeypatch):
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not multiplies_wide(brain)
+
+
+def test_strides_of_dimensions_of_size_one_do_not_count(monkeypatch):
+    """One row of a batch of odd V keeps its vector stores: ``logits[:, :-1]`` with N = 1."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from nca_kernels.backends.triton import token_logps
+
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *_arguments, **options: launches.append(options)
+
+    monkeypatch.setattr(token_logps, "_token_logps_bwd_kernel", Recorder())
+    for N, T, V in ((1, 9, 131), (3, 2, 131)):
+        logits = torch.randn(N, T, V)[:, :-1]
+        labels, row = torch.zeros(N, T - 1, dtype=torch.int64), torch.zeros(N, T - 1)
+        token_logps.token_logps_bwd(
+            row, logits, labels, torch.zeros(3, N, T - 1), torch.empty(N, T - 1, V),
+            ignore_index=-100, scale=1.0, softcap=None, vocab_start=0, vocab_total=V,
+        )  # fmt: skip
+    assert [options["ALIKE"] for options in launches] == [True, False]
