@@ -17,6 +17,7 @@ _HF_MODULES = (
     "jinja2",
     "matplotlib",
     "numpy",
+    "openai",
     "peft",
     "pyarrow",
     "safetensors",
@@ -31,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nca-kernels", description="Align language models with scored responses.")
     parser.add_argument("--version", action="version", version=f"nca_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (_add_train, _add_inspect, _add_score, _add_doctor, _add_demo, _add_reproduce):
+    for add_command in (
+        *(_add_sample, _add_rate, _add_inspect, _add_train, _add_score),
+        *(_add_doctor, _add_demo, _add_reproduce),
+    ):
         add_command(commands)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.command == "inspect":  # its --rows may stand before or after the keys of the run
@@ -75,6 +79,18 @@ def _mapping(text: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a mapping: '{{key: value}}'")
     return value
+
+
+def _between(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number in ``[low, high]``, or with ``above`` in ``(low, high]``."""
+
+    def between(text: str) -> float:
+        number = float(text)
+        if not (low < number if above else low <= number) or not number <= high:
+            raise argparse.ArgumentTypeError(f"got {text}, wanted a number {'above' if above else 'from'} {low} up to {high}")
+        return number
+
+    return between
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -170,6 +186,69 @@ def _score(arguments: argparse.Namespace) -> int | None:
         score_file(**options)
     except ValueError as error:
         return _failed("score", str(error))
+    return None
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="sample responses to a file's prompts, by a model or a server",
+        description="Sample responses to each prompt of a file and write them beside it, with whether the model ended each. A "
+        "killed command goes on where it stopped when it is called again.",
+    )
+    sample.add_argument("--model", required=True, help="a folder or a name on the hub; with --server, the server's name for it")
+    sample.add_argument("--data", required=True, type=Path, help="a file of rows with a prompt, a text or messages")
+    sample.add_argument("--out", required=True, type=Path, help="the file to write, as JSON Lines")
+    sample.add_argument("--num-responses", type=_positive(int), default=4, help="responses to each prompt (%(default)s)")
+    sample.add_argument("--temperature", type=_between(0, 100), default=1.0, help="0: the likeliest tokens (%(default)s)")
+    sample.add_argument(
+        "--top-p", type=_between(0, 1, above=True), default=1.0, help="probability of the tokens kept (%(default)s)"
+    )
+    sample.add_argument("--max-new-tokens", type=_positive(int), default=512, help="most tokens of a response (%(default)s)")
+    sample.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a response ends before it; may be repeated")
+    sample.add_argument("--batch-size", type=_positive(int), default=8, help="responses, or requests, at a time (%(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="decides the random numbers (%(default)s)")
+    sample.add_argument("--server", metavar="URL", help="base URL of an OpenAI-compatible server, as http://localhost:8000/v1")
+    sample.set_defaults(run=_sample)
+
+
+def _sample(arguments: argparse.Namespace) -> int | None:
+    from .integrations.commands.sample import sample_file
+    from .integrations.models.sampling import Sampling
+
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.max_new_tokens, arguments.seed, tuple(arguments.stop))
+    options = {name: getattr(arguments, name) for name in ("num_responses", "batch_size", "server")}
+    try:
+        sample_file(arguments.model, arguments.data, arguments.out, sampling=sampling, **options)
+    except ValueError as error:
+        return _failed("sample", str(error))
+    return None
+
+
+def _add_rate(commands: argparse._SubParsersAction) -> None:
+    rate = commands.add_parser(
+        "rate",
+        help="score a file's responses, by a reward model or a Python function",
+        description="Write a file with a score for each of its responses; scores that it had stay as old_scores. A killed command "
+        "goes on where it stopped when it is called again.",
+    )
+    rate.add_argument("--data", required=True, type=Path, help="a file of rows with prompt and responses, as sample writes it")
+    rate.add_argument("--out", required=True, type=Path, help="the file to write, as JSON Lines")
+    by = rate.add_mutually_exclusive_group(required=True)
+    by.add_argument("--reward-model", help="a sequence-classification model of one output; a folder or a name on the hub")
+    by.add_argument("--function", metavar="FILE.py:NAME", help="a function of (prompt, responses) that returns the scores")
+    rate.add_argument("--batch-size", type=_positive(int), default=8, help="responses at a time (%(default)s)")
+    rate.set_defaults(run=_rate)
+
+
+def _rate(arguments: argparse.Namespace) -> int | None:
+    from .integrations.commands.rate import rate_file
+
+    options = {name: getattr(arguments, name) for name in ("reward_model", "function", "batch_size")}
+    try:
+        rate_file(arguments.data, arguments.out, **options)
+    except ValueError as error:
+        return _failed("rate", str(error))
     return None
 
 
