@@ -37,7 +37,7 @@ def data(tmp_path):
 
 
 def read(file):
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def function(tmp_path, body):
