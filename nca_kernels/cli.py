@@ -10,6 +10,7 @@ from pathlib import Path
 from ._version import __version__
 
 _HF = "pip install 'nca_kernels[hf]'"
+_SERVER = "pip install 'nca_kernels[server]'"
 _HF_MODULES = (
     "accelerate",
     "datasets",
@@ -17,7 +18,6 @@ _HF_MODULES = (
     "jinja2",
     "matplotlib",
     "numpy",
-    "openai",
     "peft",
     "pyarrow",
     "safetensors",
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments) or 0
     # What the user can mend. Anything else is a defect: its traceback is wanted, and exits with 1 as well.
     except ModuleNotFoundError as error:
-        return _failed(arguments.command, f"{error}" + (f"; {_HF} brings it" if error.name in _HF_MODULES else ""))
+        install = _SERVER if error.name == "openai" else _HF if error.name in _HF_MODULES else None
+        return _failed(arguments.command, f"{error}" + (f"; {install} brings it" if install else ""))
     except OSError as error:
         return _failed(arguments.command, str(error))
 

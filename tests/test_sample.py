@@ -304,7 +304,7 @@ def serving(failures):
 def impatient(monkeypatch):
     pytest.importorskip("openai", reason="openai is not installed")
     own = server_module.Server
-    monkeypatch.setattr("nca_kernels.integrations.commands.sample.Server", lambda *args: own(*args, first_wait=0.01, timeout=1.0))
+    monkeypatch.setattr("nca_kernels.integrations.commands.server.Server", lambda *args: own(*args, first_wait=0.01, timeout=1.0))
 
 
 def test_a_server_that_fails_in_passing_is_asked_again(impatient, data, tmp_path):

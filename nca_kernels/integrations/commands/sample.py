@@ -14,7 +14,6 @@ from ..data.files import digest
 from ..models.pretrained import load_model, load_tokenizer
 from ..models.sampling import Sampled, Sampling, end_tokens, sample_responses
 from .prompts import PromptRow, read_prompts
-from .server import Server
 from .unfinished import UnfinishedFile
 
 Done = tuple[PromptRow, list[Sampled]]
@@ -125,4 +124,6 @@ def _refuse_long(rows: list[PromptRow], prompts: dict[int, list[int]], model: Pr
 
 def _by_server(url: str, model: str, rows: list[PromptRow], K: int, workers: int, sampling: Sampling) -> Iterator[Done]:
     """The same from a server, ``workers`` requests at a time."""
+    from .server import Server  # needs a package that nothing else does
+
     yield from Server(url, model, sampling).responses(rows, K, workers)
