@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,12 +46,24 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         return arguments.run(arguments) or 0
-    # What the user can mend. Anything else is a defect: its traceback is wanted, and exits with 1 as well.
+    # What the user can mend. Anything else may be a defect: its traceback is kept in a file.
     except ModuleNotFoundError as error:
         install = _SERVER if error.name == "openai" else _HF if error.name in _HF_MODULES else None
         return _failed(arguments.command, f"{error}" + (f"; {install} brings it" if install else ""))
     except OSError as error:
         return _failed(arguments.command, str(error))
+    except KeyboardInterrupt:
+        print(f"\nnca-kernels {arguments.command}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _failed(arguments.command, f"{type(error).__name__}: {error} (not foreseen; the traceback is in {_kept(error)})")
+
+
+def _kept(error: Exception) -> str:
+    """The file in which the traceback is kept."""
+    with tempfile.NamedTemporaryFile("w", prefix="nca-kernels-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return file.name
 
 
 def _failed(command: str, reason: str) -> int:
@@ -97,20 +111,35 @@ def _between(low: float, high: float, *, above: bool = False) -> Callable[[str],
 def _add_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train",
+        add_help=False,  # the keys need transformers, and are listed when help is asked for
         help="align a model with scored responses, as a YAML file says",
         usage="nca-kernels train CONFIG [--KEY VALUE ...]",
-        description="Align a model with scored responses. The keys are model, data, split, eval_data, eval_split, tokenizer, "
-        "model_init_kwargs, lora, and all of NCAConfig, which has those of transformers.TrainingArguments (docs/guide.md).",
+        description="Align a model with scored responses. 'nca-kernels train --help' lists the keys (docs/guide.md has examples).",
     )
+    train.add_argument("-h", "--help", action=_TrainHelp, nargs=0, help="show this and all keys")
     train.add_argument("config", metavar="CONFIG", help="a YAML file of key: value")
     train.add_argument("overrides", metavar="--KEY VALUE", nargs=argparse.REMAINDER, help="values that win over the file's")
     train.set_defaults(run=_train, parser=train)
+
+
+class _TrainHelp(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
+        _print_train_help(parser)
+        parser.exit()
+
+
+def _print_train_help(parser: argparse.ArgumentParser) -> None:
+    from .integrations.commands.help import train_keys
+
+    print(f"{parser.format_help()}{train_keys()}", end="")
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
     # Imported when it runs, here and below: it loads transformers, and the other commands and --help do without.
     from .integrations.commands.run_config import UsageError, read_run
 
+    if {"-h", "--help"} & set(arguments.overrides):
+        return _print_train_help(arguments.parser)
     try:
         run = read_run(arguments.config, arguments.overrides)
     except UsageError as error:
@@ -119,12 +148,15 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
     try:
         trainer = prepare(run)
-    except ValueError as error:  # the data, the model, or the two together
+    except (ValueError, RuntimeError) as error:  # the data, the model, the machine, or these together
         return _failed("train", str(error))
     try:
         train(trainer)
     except (ValueError, FloatingPointError) as error:  # a checkpoint that cannot be resumed; a loss that is not finite
         return _failed("train", str(error))
+    except KeyboardInterrupt:
+        print(f"\nnca-kernels train: stopped; {_how_to_go_on(run.config.output_dir)}", file=sys.stderr)
+        return 130
     return None
 
 
@@ -155,6 +187,12 @@ def _inspect(arguments: argparse.Namespace) -> int | None:
     except ValueError as error:
         return _failed("inspect", str(error))
     return None
+
+
+def _how_to_go_on(output_dir: str) -> str:
+    if any(Path(output_dir).glob("checkpoint-*")):
+        return "the same command with --resume_from_checkpoint true goes on from the last checkpoint"
+    return "there is no checkpoint yet to go on from (save_steps says how often one is written)"
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:

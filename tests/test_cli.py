@@ -1,10 +1,13 @@
 """The command line: what it reads, what it refuses and how it exits; ``train`` is run by tests/test_guide.py."""
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import datasets
 import pytest
@@ -19,6 +22,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from nca_kernels import cli, doctor, selfcheck
 from nca_kernels.backends import native
+from nca_kernels.integrations import NCAConfig
+from nca_kernels.integrations.commands import run_config
+from nca_kernels.integrations.commands.other_names import OTHER_NAMES
 from nca_kernels.integrations.commands.run_config import read_run
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
@@ -107,10 +113,17 @@ USAGE = {
     "unknown in the file": ({"betta": 1}, [], "run.yaml: unknown key 'betta'; the nearest known one is 'beta'"),
     "unknown on the line": ({}, ["--los", "nca"], "command line: unknown key 'los'; the nearest known one is 'loss'"),
     "unknown of lora": (
-        {"lora": {"ranks": 8}},
+        {"lora": {"rank_patern": 8}},
         [],
-        "run.yaml: lora: unknown key 'ranks'; the nearest known one is 'rank",
+        "run.yaml: lora: unknown key 'rank_patern'; the nearest known one is 'rank_pattern'",
     ),
+    "unknown and far from all": ({"zzqx": 1}, [], "run.yaml: unknown key 'zzqx'; no known key is near it"),
+    "TRL's model": ({"model_name_or_path": "m"}, [], "run.yaml: unknown key 'model_name_or_path'; here it is 'model'"),
+    "TRL's data": ({"dataset_name": "d"}, [], "run.yaml: unknown key 'dataset_name'; here it is 'data'"),
+    "TRL's loss": ({}, ["--loss_type", "sigmoid"], "command line: unknown key 'loss_type'; here it is 'loss'"),
+    "TRL's dtype": ({"torch_dtype": "bfloat16"}, [], "run.yaml: unknown key 'torch_dtype'; here it is 'model_init_kwargs: {dtype: ...}'"),
+    "TRL's rank": ({"lora_r": 8}, [], "run.yaml: unknown key 'lora_r'; here it is 'lora: {r: ...}'"),
+    "LLaMA-Factory's length": ({"cutoff_len": 8}, [], "run.yaml: unknown key 'cutoff_len'; here it is 'max_length'"),
     "text for a number": ({"beta": "high"}, [], "run.yaml: beta: got 'high' (str), wanted float"),
     "truth for a number": ({}, ["--beta", "true"], "command line: beta: got True (bool), wanted float"),
     "number for truth": ({}, ["--bf16", "1"], "command line: bf16: got 1 (int), wanted bool"),
@@ -141,6 +154,8 @@ def test_usage_errors_name_key_place_and_what_was_wanted(case, capsys):
 def test_a_config_that_is_none(capsys):
     for text, message in (
         ("model: [", "run.yaml: not YAML: while parsing"),
+        ("model: m\nmodel: n\ndata: d", "run.yaml: not YAML: the key 'model' stands there 2 times, wanted once"),
+        ("lora: {r: 1, r: 2}\nmodel: m", "run.yaml: not YAML: the key 'r' stands there 2 times"),
         ("", "run.yaml: got NoneType, wanted lines of key: value"),
         ("model: m", "run.yaml: no data; wanted it there, or as --data on the command line"),
     ):
@@ -150,6 +165,77 @@ def test_a_config_that_is_none(capsys):
         assert message in capsys.readouterr().err
     assert exits(["train", "gone.yaml"]) == 1
     assert "gone.yaml" in capsys.readouterr().err
+
+
+def test_a_config_in_another_encoding_is_named(capsys):
+    for encoding in ("utf-16", "latin-1"):
+        with open("run.yaml", "w", encoding=encoding) as file:
+            file.write("model: café\ndata: d")
+        assert exits(["train", "run.yaml"]) == 2
+        assert "run.yaml: not UTF-8" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = ("model", "data", "eval_data", "tokenizer", "output_dir", "reference_cache_dir", "resume_from_checkpoint")
+    run = read_run(config(**{path: f"~/{path}" for path in paths}, run_name="~/as it is"), [])
+    values = {**vars(run.sources), **vars(run.config)}
+    assert {path: values[path] for path in paths} == {path: f"/home/someone/{path}" for path in paths}
+    assert run.config.run_name == "~/as it is"
+
+
+def test_every_other_name_leads_to_a_key():
+    """The counterpart that a message names is one that exists, and the other name is none of ours."""
+    known = set(run_config._hints(run_config.Sources)) | set(run_config._hints(NCAConfig))
+    for other, ours in OTHER_NAMES.items():
+        assert other not in known
+        assert re.match(r"\w+", ours).group() in known | {"the"}, ours
+
+
+def test_help_lists_every_key_with_type_and_default(capsys):
+    for arguments in (["train", "--help"], ["train", config(), "--beta", "1", "--help"]):
+        assert exits(arguments) == 0
+        told = capsys.readouterr().out
+        for key in (*run_config._hints(run_config.Sources), *run_config._hints(NCAConfig)):
+            assert re.search(rf"\b{key}\b", told), key
+        assert "beta: float = 0.1" in told and "learning_rate: float = 5e-06" in told and "`" not in told
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("boom"), ValueError("odd")])
+def test_what_nobody_foresaw_is_one_line_and_a_file(error, monkeypatch, capsys, tmp_path):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(doctor, "examine", fails)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.main(["doctor"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"nca-kernels doctor: {type(error).__name__}: ") and told.count("\n") == 1
+    file = re.search(r"the traceback is in (\S+)\)", told).group(1)
+    assert "in fails" in Path(file).read_text()
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", stopped)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\nnca-kernels doctor: stopped\n"
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_an_interrupted_training_says_how_to_go_on(checkpoint, monkeypatch, capsys, tmp_path):
+    def stopped(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nca_kernels.integrations.commands.train.prepare", lambda run: None)
+    monkeypatch.setattr("nca_kernels.integrations.commands.train.train", stopped)
+    (tmp_path / "out" / ("checkpoint-10" if checkpoint else "plots")).mkdir(parents=True)
+    assert cli.main(["train", config(output_dir=str(tmp_path / "out"))]) == 130
+    told = capsys.readouterr().err
+    assert ("--resume_from_checkpoint true goes on from the last checkpoint" in told) == checkpoint
+    assert ("no checkpoint yet" in told) != checkpoint
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):

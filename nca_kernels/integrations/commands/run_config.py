@@ -12,6 +12,15 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ..training.config import NCAConfig
+from .other_names import OTHER_NAMES
+
+# Keys that may name a file or a folder: a leading ~ is the user's home.
+PATHS = frozenset(
+    (
+        *("model", "data", "eval_data", "tokenizer", "output_dir", "reference_cache_dir", "resume_from_checkpoint"),
+        *("deepspeed", "fsdp_config", "accelerator_config"),
+    )
+)
 
 
 class UsageError(Exception):
@@ -88,12 +97,25 @@ def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
 def _from_file(path: str | os.PathLike) -> dict[str, _Given]:
     with open(path, encoding="utf-8") as file:
         try:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _UniqueKeys)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: not UTF-8 ({error}), wanted a YAML file in UTF-8") from error
         except yaml.YAMLError as error:
             raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: got {type(values).__name__}, wanted lines of key: value")
     return {str(key): _Given(value, str(path)) for key, value in values.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as PyYAML reads it, which takes the last of two equal keys in silence; here they are an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands there {keys.count(key)} times, wanted once")
+        return super().construct_mapping(node, deep)
 
 
 def _from_words(words: list[str]) -> dict[str, _Given]:
@@ -123,9 +145,16 @@ def _hints(kind: type) -> dict[str, Any]:
 def _checked(given: dict[str, _Given], hints: dict[str, Any]) -> dict[str, Any]:
     for key, (_, where, _) in given.items():
         if key not in hints:
-            (nearest,) = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
-            raise UsageError(f"{where}: unknown key {key!r}; the nearest known one is {nearest!r}")
+            raise UsageError(f"{where}: unknown key {key!r}; {_instead(key, hints)}")
     return {key: _typed(key, each, hints[key]) for key, each in given.items()}
+
+
+def _instead(key: str, hints: dict[str, Any]) -> str:
+    """What the user may have meant."""
+    if key in OTHER_NAMES and "model" in hints:
+        return f"here it is {OTHER_NAMES[key]!r}"
+    near = difflib.get_close_matches(key, hints, n=1, cutoff=0.6)
+    return f"the nearest known one is {near[0]!r}" if near else "no known key is near it ('nca-kernels train --help' lists them)"
 
 
 def _typed(key: str, given: _Given, hint: Any) -> object:
@@ -143,7 +172,7 @@ def _typed(key: str, given: _Given, hint: Any) -> object:
             validate_typed_dict(TypedDict("Wanted", {key: hint}), {key: reading})
         except StrictDataclassFieldValidationError:
             continue
-        return reading
+        return os.path.expanduser(reading) if key in PATHS and isinstance(reading, str) else reading
     wanted = hint.__name__ if isinstance(hint, type) else hint
     raise UsageError(f"{given.where}: {key}: got {given.value!r} ({type(given.value).__name__}), wanted {wanted}")
 
