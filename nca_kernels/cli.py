@@ -151,7 +151,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
     except (ValueError, RuntimeError) as error:  # the data, the model, the machine, or these together
         return _failed("train", str(error))
     try:
-        train(trainer)
+        train(trainer, run)
     except (ValueError, FloatingPointError) as error:  # a checkpoint that cannot be resumed; a loss that is not finite
         return _failed("train", str(error))
     except KeyboardInterrupt:

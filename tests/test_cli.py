@@ -121,7 +121,11 @@ USAGE = {
     "TRL's model": ({"model_name_or_path": "m"}, [], "run.yaml: unknown key 'model_name_or_path'; here it is 'model'"),
     "TRL's data": ({"dataset_name": "d"}, [], "run.yaml: unknown key 'dataset_name'; here it is 'data'"),
     "TRL's loss": ({}, ["--loss_type", "sigmoid"], "command line: unknown key 'loss_type'; here it is 'loss'"),
-    "TRL's dtype": ({"torch_dtype": "bfloat16"}, [], "run.yaml: unknown key 'torch_dtype'; here it is 'model_init_kwargs: {dtype: ...}'"),
+    "TRL's dtype": (
+        {"torch_dtype": "bfloat16"},
+        [],
+        "run.yaml: unknown key 'torch_dtype'; here it is 'model_init_kwargs: {dtype: ...}'",
+    ),
     "TRL's rank": ({"lora_r": 8}, [], "run.yaml: unknown key 'lora_r'; here it is 'lora: {r: ...}'"),
     "LLaMA-Factory's length": ({"cutoff_len": 8}, [], "run.yaml: unknown key 'cutoff_len'; here it is 'max_length'"),
     "text for a number": ({"beta": "high"}, [], "run.yaml: beta: got 'high' (str), wanted float"),
@@ -226,7 +230,7 @@ def test_an_interrupted_command_says_so(monkeypatch, capsys):
 
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_an_interrupted_training_says_how_to_go_on(checkpoint, monkeypatch, capsys, tmp_path):
-    def stopped(trainer):
+    def stopped(trainer, run):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nca_kernels.integrations.commands.train.prepare", lambda run: None)

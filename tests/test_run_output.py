@@ -10,7 +10,11 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 import yaml
 from matplotlib.colors import to_hex
+from tiny import save_tiny_model
+from training import config
+from transformers import AutoTokenizer
 
+from nca_kernels.integrations import NCATrainer
 from nca_kernels.integrations.training import plots
 from nca_kernels.integrations.training.card import Training, card, write_card
 from nca_kernels.integrations.training.console import ConsoleCallback, log_line
@@ -112,6 +116,38 @@ def test_every_metric_is_in_the_file(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == [{"step": step, "loss": 1.0 / step, "rewards/rank_1": 2.0} for step in (2, 4)]
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 2/4", "step 4/4"]
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled_run(tmp_path, default_dispatch):
+    """A trainer of a tiny model with its tokenizer, on rows of text."""
+    save_tiny_model(str(tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i}:", "responses": ["a", "bc"], "scores": [1.0, 0.0]} for i in range(4)]
+
+    def run(eval_dataset=rows, processing_class=tokenizer, **options):
+        strategy = {"eval_strategy": "steps", "eval_steps": 2} if eval_dataset else {}
+        args = config(tmp_path / "run", max_steps=4, **strategy, **options)
+        return NCATrainer(str(tmp_path / "model"), args, rows, eval_dataset, processing_class=processing_class)
+
+    return run
+
+
+def test_held_out_prompts_are_sampled_at_every_evaluation(sampled_run, tmp_path, capsys):
+    trainer = sampled_run(sample_prompts=3)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [(line["step"], line["prompt"]) for line in lines] == [(step, f"{i}:") for step in (2, 4) for i in range(3)]
+    assert all({"text", "finished"} <= line.keys() for line in lines)
+    assert capsys.readouterr().out.count("sample ") == 2
+
+
+def test_samples_without_held_out_prompts_are_refused(sampled_run):
+    with pytest.raises(ValueError, match="sample_prompts: got 2 without evaluation data"):
+        sampled_run(eval_dataset=None, sample_prompts=2)
 
 
 # --- the model card --------------------------------------------------------------------------------------------------

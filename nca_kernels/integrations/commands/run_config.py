@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypedDict, get_type_hints
 
@@ -53,11 +54,17 @@ class Sources:
 
 
 class Run(NamedTuple):
-    """``given`` names the keys that the user set: a default may depend on the data, what was set may not."""
+    """A run's configuration.
+
+    Attributes:
+        given: the keys that the user set; a default may depend on the data, a set value may not.
+        command: the words that started the run.
+    """
 
     sources: Sources
     config: NCAConfig
     given: frozenset[str]
+    command: str
 
 
 class _Given(NamedTuple):
@@ -91,7 +98,8 @@ def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
         config = NCAConfig(**{key: value for key, value in values.items() if key in _hints(NCAConfig)})
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    return Run(sources, config, frozenset(given))
+    command = shlex.join(["nca-kernels", "train", os.fspath(path), *overrides])
+    return Run(sources, config, frozenset(given), command)
 
 
 def _from_file(path: str | os.PathLike) -> dict[str, _Given]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from peft import PeftConfig
-from transformers import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from ...dispatch import resolve
 from ...loss_table import LOSSES
 from ..data.load import Groups, load_groups
-from ..data.rows import tokenized
+from ..data.rows import response_counts, tokenized
 from ..models.pretrained import load_tokenizer
+from ..training.card import Training, write_card
 from ..training.config import NCAConfig
+from ..training.console import ConsoleCallback
 from ..training.policy import policy_of
 from ..training.run_record import run_settings
 from ..training.trainer import NCATrainer
@@ -34,7 +38,7 @@ def prepare(run: Run) -> NCATrainer:
         ValueError, OSError: data that cannot be used, by file, row and column; a model or tokenizer that does not load or
             does not suit them.
     """
-    sources, config, given = run
+    sources, config, given, command = run
     say = _speaker(config)
     set_seed(config.seed)
     with config.main_process_first(desc="data"):
@@ -58,7 +62,8 @@ def prepare(run: Run) -> NCATrainer:
         rows = tokenized(train, tokenizer, config.row_options())
         heldout_rows = None if heldout is None else tokenized(heldout, tokenizer, config.row_options())
     trainer = NCATrainer(model, config, rows, heldout_rows, processing_class=tokenizer)
-    trainer.run_settings = run_settings(config, vars(sources))
+    trainer.run_settings = run_settings(config, vars(sources), command)
+    _watch(trainer)
     trained = sum(_size(p) for p in trainer.model.parameters() if p.requires_grad)
     say(f"trained  {trained / 1e6:,.2f} M parameters{'' if sources.lora is None else f', LoRA {sources.lora}'}")
     return trainer
@@ -66,14 +71,21 @@ def prepare(run: Run) -> NCATrainer:
 
 def load_data(source: str, split: str, run: Run) -> Groups:
     """The rows of a file, folder or hub name, as the run's keys say."""
-    sources, config, _ = run
+    sources, config = run.sources, run.config
     return load_groups(
         source, split=split, config_name=sources.config_name, columns=sources.columns, skip_bad_rows=config.skip_bad_rows
     )
 
 
-def train(trainer: NCATrainer) -> None:
-    """Train, save model and metrics, and evaluate where there is something to evaluate on.
+def _watch(trainer: NCATrainer) -> None:
+    """Show a line a log in the place of every metric under its raw name, and samples where they are wanted."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ConsoleCallback)
+
+
+def train(trainer: NCATrainer, run: Run) -> None:
+    """Train, save model, card and metrics, and evaluate where there is something to evaluate on.
 
     ``train_results.json`` also holds the metrics of the last log, each as ``train_last_...``.
     """
@@ -88,7 +100,35 @@ def train(trainer: NCATrainer) -> None:
         metrics = _evaluated(trainer)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        write_card(Path(config.output_dir), _training(trainer, run), adapter=isinstance(trainer.model, PeftModel))
     _speaker(config)(f"saved    {config.output_dir}")
+
+
+def _training(trainer: NCATrainer, run: Run) -> Training:
+    """What the model card tells of the run."""
+    sources, config = run.sources, run.config
+    data = {"training data": f"{sources.data}: {_counted(trainer.train_dataset)}"}
+    if sources.eval_data is not None:
+        data["evaluation data"] = sources.eval_data
+    settings: dict[str, Any] = {"loss": config.loss, **config.loss_options(), "learning rate": config.learning_rate}
+    settings["steps"] = trainer.state.global_step
+    if sources.lora is not None:
+        settings["LoRA"] = sources.lora
+    metrics: dict[str, float] = {}
+    for log in trainer.state.log_history:
+        metrics.update(log)
+    return Training(sources.model, data, settings, run.command, metrics)
+
+
+def _counted(rows: Dataset) -> str:
+    counts = response_counts(rows)
+    return f"{len(counts)} prompts, {sum(counts)} responses, {_range(counts)}"
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"K = {low}" if low == high else f"K = {low} to {high}"
 
 
 def _evaluated(trainer: NCATrainer) -> dict[str, float]:
@@ -129,12 +169,10 @@ def _lora(keywords: dict[str, Any] | None) -> PeftConfig | None:
 def describe_groups(groups: Groups) -> str:
     """Prompts, responses, K and what was left out, in words."""
     counts = [len(scores) for scores in groups.rows["scores"]]
-    low, high = min(counts), max(counts)
-    K = f"K = {low}" if low == high else f"K = {low} to {high}"
     skipped = f"; {len(groups.skipped)} bad rows skipped" if groups.skipped else ""
     if groups.dropped:
         skipped += f"; {sum(map(len, groups.dropped.values()))} bad responses left out"
-    return f"{len(counts)} prompts, {sum(counts)} responses, {K}{skipped}"
+    return f"{len(counts)} prompts, {sum(counts)} responses, {_range(counts)}{skipped}"
 
 
 def describe_loss(config: NCAConfig, preference: bool) -> str:

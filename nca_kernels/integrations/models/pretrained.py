@@ -39,7 +39,10 @@ def load_policy(name: str, *, adapter: bool, **keywords: object) -> PreTrainedMo
 
 def is_adapter(name: str) -> bool:
     """Whether a folder or hub name holds a saved PEFT adapter, not a whole model."""
-    return find_adapter_config_file(name) is not None
+    try:
+        return find_adapter_config_file(name) is not None
+    except (OSError, ValueError):  # no folder, and no name that the hub could have
+        return False
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -12,9 +12,29 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from ..models.evaluating import evaluating
 from ..models.heads import causal_lm
 from ..models.sampling import Sampling, end_tokens, sample_responses
+from .config import NCAConfig
 
 SAMPLES = "samples.jsonl"
 _TOKENS = 128
+
+
+def samples_callback(
+    args: NCAConfig, rows: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> SamplesCallback:
+    """The callback of a run; of several evaluation sets the first is sampled.
+
+    Raises:
+        ValueError: there are no held-out prompts, no tokenizer, or the model is sharded.
+    """
+    if isinstance(rows, dict):
+        rows = next(iter(rows.values()), None)
+    if rows is None:
+        raise ValueError(f"sample_prompts: got {args.sample_prompts} without evaluation data, wanted an eval_dataset (eval_data)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"sample_prompts: got {args.sample_prompts} without a tokenizer, wanted one as processing_class")
+    if args.fsdp or args.deepspeed:
+        raise ValueError("sample_prompts: got it with a sharded model (fsdp or deepspeed), which one process cannot sample from")
+    return SamplesCallback(rows, args.sample_prompts, tokenizer)
 
 
 class SamplesCallback(TrainerCallback):

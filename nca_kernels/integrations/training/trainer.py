@@ -36,6 +36,7 @@ from .policy import check_reference, policy_of, warn_of_losses
 from .resumable import ResumableTrainer
 from .run_modes import keep_4bit_gradients, refuse_split_sequences, refuse_tensor_parallel
 from .run_record import run_fingerprint, run_settings
+from .samples import samples_callback
 
 Rows = Dataset | list[dict]
 
@@ -130,6 +131,8 @@ class NCATrainer(ResumableTrainer):
         # (transformers >= 5.23 has loss_is_scaled_for_ga for that alone, which spares it a count of the labels.)
         self.model_accepts_loss_kwargs = True
         self.add_callback(PlotsCallback)
+        if args.sample_prompts:
+            self.add_callback(samples_callback(args, self.eval_dataset, processing_class))
         self._train_metrics, self._eval_metrics = GroupMetrics(), GroupMetrics()
         # A compiled model would be cut in two where the clock is read; without logs its times would pile up.
         unread = args.torch_compile or args.logging_strategy == IntervalStrategy.NO
