@@ -28,7 +28,7 @@ def inspect_run(run: Run, *, rows: int = 1) -> None:
     Raises:
         ValueError, OSError: data or a tokenizer that the run could not use either.
     """
-    sources, config, given = run
+    sources, config, given, _ = run
     groups = load_data(sources.data, sources.split, run)
     if groups.preference and "alpha" not in given:
         config.alpha = 0.0
