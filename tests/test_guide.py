@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from nca_kernels import cli
 from nca_kernels.integrations.commands.run_config import Sources
 from nca_kernels.integrations.data import rows
-from nca_kernels.integrations.training import trainer
+from nca_kernels.integrations.reference import policy_reference
 from nca_kernels.integrations.training.config import NCAConfig
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
@@ -51,7 +51,7 @@ def user(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     save_tiny_model(folder / MODEL)
     files = re.findall(r"^`([\w-]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
-    assert [name for name, _ in files] == ["train.jsonl", "heldout.jsonl", "run.yaml", "lora.yaml", "fsdp2.yaml"]
+    assert [name for name, _ in files] == ["train.jsonl", "heldout.jsonl", "run.yaml", "lora.yaml", "qlora.yaml", "fsdp2.yaml"]
     for name, content in files:
         (folder / name).write_text(content.replace("activation_checkpointing", CHECKPOINTING))
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +102,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(user, capsys):
 
 
 def test_its_python_runs(user):
-    trainer, tie_break = blocks("python")
+    _, trainer, tie_break = blocks("python")  # the first is run by tests/test_loop.py
     exec(trainer, {})
     assert (user / "aligned-python" / "model.safetensors").exists()
     exec(tie_break, {})
@@ -154,7 +154,7 @@ def test_failed_runs_say_why_in_one_line(user, capsys, monkeypatch):
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("nca-kernels train: ") and message in last
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "cache_key", lambda *_: "bad")
+        patch.setattr(policy_reference, "cache_key", lambda *_: "bad")
         (user / "bad.safetensors").write_text("nothing")
         assert cli.main(["train", "run.yaml", "--output_dir", "failed", "--reference_cache_dir", "."]) == 1
         assert "nca-kernels train: bad.safetensors: no file of reference log-probs" in capsys.readouterr().err

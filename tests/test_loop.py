@@ -49,7 +49,7 @@ def test_three_rounds_of_the_guide(tmp_path, monkeypatch):
             words += ["--max-new-tokens", "8", "--batch-size", "96"]
         assert cli.main(words) == 0, line
         if words[0] == "rate":
-            rows = [json.loads(row) for row in Path(words[words.index("--out") + 1]).read_text().splitlines()]
+            rows = [json.loads(row) for row in Path(words[words.index("--out") + 1]).read_text(encoding="utf-8").split("\n")[:-1]]
             scores = [score for row in rows for score in row["scores"]]
             means.append(sum(scores) / len(scores))
     assert len(means) == 4, "three rounds, and the result of the last"

@@ -291,6 +291,7 @@ class Unreliable(BaseHTTPRequestHandler):
 def serving(failures):
     handler = type("Handler", (Unreliable,), {"failures": failures, "log": [], "lock": threading.Lock()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *args: None  # of clients that have gone
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
