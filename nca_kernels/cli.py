@@ -139,7 +139,8 @@ def _train(arguments: argparse.Namespace) -> int | None:
     from .integrations.commands.run_config import UsageError, read_run
 
     if {"-h", "--help"} & set(arguments.overrides):
-        return _print_train_help(arguments.parser)
+        _print_train_help(arguments.parser)
+        return None
     try:
         run = read_run(arguments.config, arguments.overrides)
     except UsageError as error:
@@ -189,8 +190,8 @@ def _inspect(arguments: argparse.Namespace) -> int | None:
     return None
 
 
-def _how_to_go_on(output_dir: str) -> str:
-    if any(Path(output_dir).glob("checkpoint-*")):
+def _how_to_go_on(output_dir: str | None) -> str:
+    if output_dir is not None and any(Path(output_dir).glob("checkpoint-*")):
         return "the same command with --resume_from_checkpoint true goes on from the last checkpoint"
     return "there is no checkpoint yet to go on from (save_steps says how often one is written)"
 
