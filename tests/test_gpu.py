@@ -1,6 +1,7 @@
 """What an interpreter and an emulator cannot show: sizes past 32 bits, launches, streams, devices, compilers."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -37,6 +38,43 @@ def _assert_rows_right(backend, logits, labels, rows, tol=1e-6):
     peer = value_and_grad(lambda x: plain_token_logps(x, few_labels), few, few_upstream)
     assert_no_worse(logps.detach()[rows], truth[0], peer[0], tol, "logps")
     assert_no_worse(grad[rows], truth[1], peer[1], max(tol, torch.finfo(logits.dtype).eps / 2), "dlogits")
+
+
+def _plain_entropy(logits):
+    log_p = logits.double().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _assert_statistics_right(backend, logits, labels, rows):
+    """Log-sum-exp, entropy and top-1 of these rows and the gradient of all three's sum, computed with the others around them."""
+    leaf = logits.requires_grad_()
+    stats = nca_kernels.token_stats(leaf, labels, entropy_gradient=True, backend=backend)
+    (grad,) = torch.autograd.grad((stats.logps + stats.lse + stats.entropy).sum(), leaf)
+    few = logits.detach()[rows].double().requires_grad_()
+    lse, entropy = few.logsumexp(-1), _plain_entropy(few)
+    (truth,) = torch.autograd.grad((plain_token_logps(few, labels[rows]) + lse + entropy).sum(), few)
+    torch.testing.assert_close(stats.lse[rows].double(), lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.entropy[rows].double(), entropy, rtol=2e-6, atol=2e-6)
+    assert torch.equal(stats.top1[rows], few.gather(-1, labels[rows, None])[:, 0] == few.amax(-1))
+    torch.testing.assert_close(grad[rows].double(), truth, rtol=torch.finfo(logits.dtype).eps, atol=1e-6)
+
+
+def test_statistics_of_more_than_2_31_elements(gpu):
+    _needs(12)
+    V = 128256
+    M = 2**31 // V + 100
+    logits = torch.randn(M, V, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(V, (M,), device="cuda")
+    _assert_statistics_right(gpu.name, logits, labels, torch.tensor([0, M // 2, M - 1], device="cuda"))
+
+
+@pytest.mark.parametrize("V", [1000, 50257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+def test_statistics(gpu, dtype, V):
+    """With the rounding of the device's own division and exponential, which the interpreter and the emulator lack."""
+    logits = (3 * torch.randn(64, V, device="cuda")).to(dtype)
+    labels = torch.where(torch.rand(64, device="cuda") < 0.5, logits.argmax(-1), torch.randint(V, (64,), device="cuda"))
+    _assert_statistics_right(gpu.name, logits, labels, torch.arange(64, device="cuda"))
 
 
 def test_more_than_2_31_elements(gpu):
@@ -156,6 +194,49 @@ def test_a_cuda_graph_captures_forward_and_backward(gpu):
         assert torch.equal(replayed, wanted)
 
 
+def test_a_cuda_graph_captures_the_statistics(gpu):
+    logits = torch.randn(8, 33, 1000, device="cuda", requires_grad=True)
+    labels = torch.randint(1000, (8, 33), device="cuda")
+    labels[0, :4] = -100
+
+    def step():
+        stats = nca_kernels.token_stats(logits, labels, shift=1, entropy_gradient=True, backend=gpu.name)
+        loss = (stats.logps - 0.1 * stats.lse + 0.01 * stats.entropy).sum()
+        return loss.detach(), stats.top1.clone(), *torch.autograd.grad(loss, logits)
+
+    for replayed, wanted in _replayed(step, logits):
+        assert torch.equal(replayed, wanted)
+
+
+def test_a_cuda_graph_captures_a_gradient_in_place(gpu):
+    """The gradient takes the memory of the logits at every replay, after forward has filled it anew."""
+    hidden = torch.randn(8, 33, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda") / 8
+    labels = torch.randint(1000, (8, 33), device="cuda")
+
+    def step():
+        logps = nca_kernels.token_logps(hidden @ weight.T, labels, inplace_backward=True, backend=gpu.name)
+        return logps.detach(), *torch.autograd.grad(logps.sum(), hidden)
+
+    for replayed, wanted in _replayed(step, hidden):
+        torch.testing.assert_close(replayed, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cuda_graph_captures_the_linear_statistics(gpu):
+    hidden = torch.randn(2, 9, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1001, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(1001, (2, 9), device="cuda")
+    labels[0, :4] = -100
+
+    def step():
+        stats = nca_kernels.linear_token_stats(hidden, weight, labels, shift=1, entropy_gradient=True, backend=gpu.name)
+        loss = (stats.logps - 0.1 * stats.lse + 0.01 * stats.entropy).sum()
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    for replayed, wanted in _replayed(step, hidden):
+        torch.testing.assert_close(replayed, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_cuda_graph_captures_the_linear_family(gpu):
     """Under capture nothing may wait for the number of scored rows: all rows are kept, ignored ones left out by the kernels."""
     hidden = torch.randn(2, 9, 64, device="cuda", requires_grad=True)
@@ -244,3 +325,86 @@ def test_token_logps_is_one_launch_each_way(gpu, launched, inplace):
     assert "token_logps_fwd_kernel" in ours
     both = launched(lambda: torch.autograd.grad(forward(), logits, upstream))
     assert len(both) == 2 and ours in both and any("token_logps_bwd_kernel" in each for each in both)
+
+
+def _row_kernels(names):
+    return [name for name in names if "token_logps" in name]
+
+
+def test_statistics_are_one_read_and_one_write(gpu, launched):
+    """What follows from them works on a number a row."""
+    logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(32000, (64,), device="cuda")
+
+    def step():
+        stats = nca_kernels.token_stats(logits, labels, entropy_gradient=True, backend=gpu.name)
+        return torch.autograd.grad((stats.logps + stats.lse + stats.entropy).sum(), logits)
+
+    fwd, bwd = _row_kernels(launched(step))
+    assert "token_logps_fwd_kernel" in fwd and "token_logps_bwd_kernel" in bwd
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+def test_peak_memory_is_one_gradient_or_none(gpu, inplace):
+    logits = torch.randn(512, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True) * 1
+    labels = torch.randint(32000, (512,), device="cuda")
+    logps = nca_kernels.token_logps(logits, labels, inplace_backward=inplace, backend=gpu.name)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(logps.sum(), logits)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < (0 if inplace else logits.nbytes) + 2**20
+
+
+def _waits(call):
+    """How often the CPU waits for the GPU in a warm call."""
+    call()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in found)
+
+
+def test_nothing_but_the_linear_family_waits_for_the_gpu(gpu):
+    """And that waits once, for the number of rows whose label counts."""
+    logits = torch.randn(4, 33, 1000, device="cuda", requires_grad=True)
+    hidden = torch.randn(4, 33, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    labels = torch.randint(1000, (4, 33), device="cuda")
+    labels[:, :9] = -100
+    ref_logps, scores = torch.randn(2, 1, 4, device="cuda")
+
+    def of_logits():
+        stats = nca_kernels.token_stats(logits, labels, shift=1, backend=gpu.name)
+        loss = nca_kernels.nca_loss(stats.logps.sum(-1)[None], ref_logps, scores, backend=gpu.name).loss
+        torch.autograd.grad(loss, logits)
+
+    def of_hidden():
+        logps = nca_kernels.linear_token_logps(hidden, weight, labels, shift=1, backend=gpu.name)
+        torch.autograd.grad(logps.sum(), (hidden, weight))
+
+    assert _waits(of_logits) == 0 and _waits(of_hidden) == 1
+
+
+@pytest.mark.parametrize("V", [1001, 50257])
+def test_a_linear_head_of_odd_v_in_one_tile(gpu, V):
+    """The tile's rows are padded to whole words; the columns of the padding reach neither sums nor gradients."""
+    hidden = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(V, 64, device="cuda") / 8).bfloat16().requires_grad_()
+    labels = torch.randint(V, (40,), device="cuda")
+    labels[0], labels[1], labels[2] = V - 1, 0, -100
+    upstream = torch.randn(40, device="cuda")
+    for budget in (0, 2**40):
+        logps = nca_kernels.linear_token_logps(hidden, weight, labels, save_budget=budget, backend=gpu.name)
+        ours = torch.autograd.grad(logps, (hidden, weight), upstream)
+        plain = plain_token_logps(hidden @ weight.T, labels, compute=torch.float32)
+        peer = torch.autograd.grad(plain, (hidden, weight), upstream)
+        torch.testing.assert_close(logps, plain, rtol=1e-5, atol=1e-5)
+        for a, b in zip(ours, peer, strict=True):
+            assert (a - b).float().norm() < 2e-2 * b.float().norm()
