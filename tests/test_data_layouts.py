@@ -65,7 +65,7 @@ ROWS = {
         ({"id": "1", "system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, ([system("s"), *Q], "ab", [1, 0])),
     ],
     "kto": [({"prompt": Q, "completion": [assistant("a")], "label": True}, (Q, "a", [1]))],
-    "rated": [({"prompt": "q", "response": "a", "score": 3.5}, ("q", "a", [3.5]))],
+    "rated": [({"prompt": "q", "response": "a", "score": 3.5}, (Q, "a", [3.5]))],
     "ultrafeedback_binarized": [
         (
             {
@@ -470,6 +470,7 @@ COLUMNS = [
         {"prompt": "q", "responses": "r", "scores": "s"},
     ),
     ({"question": "q", "response": "a", "quality": 3.0}, {"prompt": "question", "response": "response", "score": "quality"}),
+    ({"prompt": "q", "response": "a", "helpfulness": 0, "correctness": 4}, {"score": "correctness"}),
     ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 2], "sys": "s"}, {"system": "sys"}),
 ]
 
@@ -478,7 +479,7 @@ COLUMNS = [
 def test_columns_map_names_and_dotted_paths(tmp_path, row, columns):
     for source in sources(tmp_path, [row]).values():
         (group,) = load_groups(source, columns=columns).rows
-        assert group["prompt"] in ("q", [system("s"), user("q")])
+        assert group["prompt"] in ("q", Q, [system("s"), *Q])
         assert texts(group["responses"]) == ["a", "b"][: len(group["scores"])] and all(group["scores"]) is ("good" not in row)
 
 

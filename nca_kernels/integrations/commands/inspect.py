@@ -115,11 +115,11 @@ def _steps(prompts: int, config: NCAConfig) -> str:
 
 def _decoded(index: int, row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     """A row as the model sees it: what stands between [ and ] is trained on."""
-    lines = [f"row      {index + 1}, the prompt:", _short(tokenizer.decode(row["prompt_ids"]))]
+    lines = [f"row      {index + 1}, the prompt:", _short(str(tokenizer.decode(row["prompt_ids"])))]
     for i, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
         label = "" if "desirable" not in row else f", {'desirable' if row['desirable'][i] else 'undesirable'}"
         lines.append(f"         response {i}, score {score:g}{label}, {len(ids)} tokens trained on:")
-        lines.append(f"[{_short(tokenizer.decode(ids))}]")
+        lines.append(f"[{_short(str(tokenizer.decode(ids)))}]")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import xxhash
 from datasets import Features
 
-from .nulls import without_nulls
+from .nulls import as_row
 
 Record = tuple[int, str | None, str | None]  # row (counted from 1), JSON text, what is wrong
 
@@ -103,7 +103,7 @@ def records(path: Path) -> Iterator[Record]:
 
 def _opened(path: Path) -> IO[bytes]:
     opener: Any = _OPENERS.get(path.suffix.lower())
-    return io.BufferedReader(opener(str(path)) if opener else open(path, "rb", buffering=0))  # type: ignore[arg-type]
+    return io.BufferedReader(opener(str(path)) if opener else open(path, "rb", buffering=0))
 
 
 def _encoding(file: Any) -> str:
@@ -214,7 +214,7 @@ def _parquet(path: Path) -> Iterator[Record]:
         for batch in file.iter_batches(batch_size=1000):
             for item in batch.to_pylist():
                 row += 1
-                yield row, as_json(without_nulls(features.decode_example(item), features)), None
+                yield row, as_json(as_row(features.decode_example(item), features)), None
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

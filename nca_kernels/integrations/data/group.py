@@ -171,7 +171,7 @@ def _prompt(layout: Layout, row: Row, responses: dict[str, Any]) -> Any:
     places = layout.prompt or (("prompt",) if conversations else PROMPTS)
     for place in places:
         paths = as_paths(place)
-        found = [value for path in paths for value in find(row, path).values() if value is not None]
+        found: list[Any] = [value for path in paths for value in find(row, path).values() if value is not None]
         if not found or not any(value is not None for value in find(row, paths[0]).values()):
             continue
         prompt = found[0]

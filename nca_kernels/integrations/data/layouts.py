@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .messages import BadRow
 from .paths import Found, Path, Row, as_paths, find, listed
@@ -78,7 +78,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("numbered", "thu-ml: ChenDRAG/ultrafeedback_reward", "A#", "score_A#"),
     Layout("pairs", "TRL, tulu-3 preference mixtures, Skywork-Reward-Preference, orpo-dpo-mix-40k, truthy-dpo", reads="order"),
     Layout("kto", "TRL: trl-lib/kto-mix-14k", ("completion",), "label", "label"),
-    Layout("rated", "one scored response a row", ("response",), ("score",), single=True),
+    Layout("rated", "one response a row with its score", ("response",), ("score",), chat=True, transcript=True, single=True),
     # Pairs with a score each.
     Layout(
         "ultrafeedback_binarized", "HuggingFaceH4/ and trl-lib/ultrafeedback_binarized", PAIR, ("score_chosen", "score_rejected")
@@ -291,11 +291,6 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
 )
 
-# A source's own names may be mapped to these, which the first layouts of the table read.
-TARGETS = (
-    *("prompt", "system", "tools", "responses", "scores", "finished", "chosen", "rejected", "score_chosen", "score_rejected"),
-    *("completion", "label", "response", "score"),
-)
 WANTED = (
     "prompt + responses + scores, prompt + chosen + rejected, A0, A1, ... + score_A0, score_A1, ..., or another of docs/data.md"
 )
@@ -373,7 +368,7 @@ def raw_scores(layout: Layout, row: Row, responses: Found) -> Found | None:
     return {f"{name} of {response}": float(i == winner) for i, response in enumerate(responses)}
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

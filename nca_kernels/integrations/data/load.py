@@ -8,7 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from datasets import Dataset, Features, Json, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -17,14 +17,14 @@ from ..._version import __version__
 from .files import WANTED as WANTED_FILES
 from .files import as_json, data_files, digest, expanded, kind_of, records
 from .group import group_of
-from .layouts import LAYOUTS, TARGETS, WANTED, Layout, typed
+from .layouts import LAYOUTS, WANTED, Layout, typed
 from .messages import BadRow
-from .nulls import without_nulls
-from .paths import mapped
+from .nulls import as_row
+from .paths import TARGETS, Row, mapped
 
 logger = logging.getLogger(__name__)
 
-Source = str | os.PathLike | Dataset | list[dict]
+Source: TypeAlias = "str | os.PathLike | Dataset | list[dict]"
 
 # Texts and messages in columns of their own: a Json column would take the text "4" for a number. Json, since messages may
 # have keys of their own.
@@ -136,7 +136,7 @@ def source_rows(source: Source, *, split: str = "train", config_name: str | None
     """
     name, raw = _open(source, split, config_name)
     if raw.features != _RAW:
-        return [without_nulls(row, dict(raw.features)) for row in raw]
+        return [as_row(row, raw.features) for row in raw]
     rows = []
     for record in raw:
         if record["problem"] is not None:
@@ -247,7 +247,7 @@ def _converted_row(
     chat: bool = False,
 ) -> dict:
     """The row in the one layout; in place of it what is wrong; neither, for an empty line."""
-    origin = {**dict.fromkeys(_FEATURES), "file": None, "row": index + 1}
+    origin: dict[str, Any] = {**dict.fromkeys(_FEATURES), "row": index + 1}
     try:
         if features is None:
             origin.update(file=row["file"], row=row["row"])
@@ -255,10 +255,10 @@ def _converted_row(
                 raise BadRow(None, row["problem"])
             if row["json"] is None:
                 return origin
-            values = _parsed(row["json"])
+            values: Row = _parsed(row["json"])
             cells = kind_of(Path(row["file"] or "")) in (".csv", ".tsv")
         else:
-            values, cells = without_nulls(row, features), False
+            values, cells = as_row(row, features), False
         values = mapped(values, columns)
         layout = (forced or {}).get(origin["file"] or "")
         wanted = next((each for each in LAYOUTS if each.name == layout), None)

@@ -58,7 +58,7 @@ def as_messages(column: str, role: str, value: object) -> list[Message]:
         value = {"role": role, "content": value}
     if value is None or value == []:
         raise Empty(column, "missing, wanted text or messages with role and content")
-    items = value if isinstance(value, list) else [value]
+    items: list = value if isinstance(value, list) else [value]
     if not all(isinstance(item, dict) for item in items):
         raise BadRow(column, f"got {type(value).__name__}, wanted text or messages with role and content")
     messages = [_message(column, role if not isinstance(value, list) else None, item) for item in items]

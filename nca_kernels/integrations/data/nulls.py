@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from datasets import Json
 
 
+def as_row(row: Mapping[str, object], features: Mapping[str, object]) -> dict[str, object]:
+    """A row of a table of these features, without the keys that the row did not have."""
+    return {key: without_nulls(item, features.get(key)) for key, item in row.items() if item is not None}
+
+
 def without_nulls(value: object, feature: object) -> object:
     """``value`` without the keys that are null because another row has them: Arrow gives every object the keys of all.
 

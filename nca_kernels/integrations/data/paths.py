@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .messages import BadRow
 
 Path = str
-Found = dict[str, object]  # what a path leads to: each value under the name that errors call it by
-Row = Mapping[str, object]
+Found = dict[str, Any]  # what a path leads to: each value under the name that errors call it by
+Row = Mapping[str, Any]
+
+# A source's own names may be mapped to these, which the first layouts of the table read.
+TARGETS = (
+    *("prompt", "system", "tools", "responses", "scores", "finished", "chosen", "rejected", "score_chosen", "score_rejected"),
+    *("completion", "label", "response", "score"),
+)
 
 
 def as_paths(paths: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
@@ -33,7 +40,7 @@ def find(row: Row, path: Path) -> Found:
     return _inside(row[head], rest, head)
 
 
-def _inside(value: object, path: Path, name: str) -> Found:
+def _inside(value: Any, path: Path, name: str) -> Found:
     if isinstance(value, Mapping):
         return {f"{name}.{inner}": found for inner, found in find(value, path).items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -61,7 +68,7 @@ def listed(row: Row, path: Path | tuple[Path, ...]) -> Found:
 
 
 def mapped(row: Row, columns: Mapping[str, Path] | None) -> Row:
-    """The row under the names that ``columns`` gives it. Where it names the responses, the row's other columns do not count."""
+    """The row under the names that ``columns`` gives. Where it names responses or scores, columns of other names do not count."""
     if not columns:
         return row
     renamed: dict[str, object] = {}
@@ -71,12 +78,10 @@ def mapped(row: Row, columns: Mapping[str, Path] | None) -> Row:
             raise BadRow(path, f"missing, wanted as {ours} by columns")
         if found:
             renamed[ours] = found[path] if path in found else _whole(found, path, row)
-    if {"responses", "chosen", "completion", "response"} & set(columns):
-        return {
-            **{name: row[name] for name in ("prompt", "system", "tools", "images", "image", "finished") if name in row},
-            **renamed,
-        }
-    return {**row, **renamed}
+    if set(columns) <= {"prompt", "system", "tools"}:
+        return {**row, **renamed}
+    kept = ("chat_template_kwargs", "image", "images", *TARGETS)
+    return {**{name: row[name] for name in kept if name in row}, **renamed}
 
 
 def _whole(found: Found, path: Path, row: Row) -> object:

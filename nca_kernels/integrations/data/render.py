@@ -24,12 +24,15 @@ def rendered_chat(row: dict, tokenizer: PreTrainedTokenizerBase, kwargs: dict[st
     Raises:
         BadRow: a template that refuses the messages, or that leaves out some of their words, of the system message, or the tools.
     """
-    prompt, responses, tools = row["prompt"], row["responses"], row.get("tools") or None
+    prompt: list[Any] = row["prompt"]
+    responses, tools = row["responses"], row.get("tools") or None
     variables = {**kwargs, **(row.get("template_kwargs") or {})}
 
-    def write(messages: list[Message], column: str, *, generate: bool = False, tools: list | None = tools) -> str:
+    def write(messages: list[Any], column: str, *, generate: bool = False, tools: list | None = tools) -> str:
         try:
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generate, **variables)
+            text: Any = tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=generate, **variables
+            )
         except Exception as error:  # a template is a program, and may fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise BadRow(column, f"the chat template refuses the prompt {str(messages)[:200]}: {reason}") from error

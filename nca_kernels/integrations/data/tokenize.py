@@ -115,7 +115,7 @@ def tokenize_groups(
             raise ValueError(f"rows: none that this tokenizer can write; the first: {problems[0]}")
         made = made.select([i for i in range(len(made)) if i not in problems])
     counts = {name: sum(made[name]) for name in _COUNTS}
-    tokenized = TokenizedGroups(made.remove_columns(["problem", *_COUNTS]), *counts.values(), problems)
+    tokenized = TokenizedGroups(rows=made.remove_columns(["problem", *_COUNTS]), skipped=problems, **counts)
     _warn(tokenized, max_length)
     return tokenized
 
