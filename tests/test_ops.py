@@ -70,9 +70,11 @@ def test_compiles_to_one_graph(target, inplace):
 def test_compiles_once_for_numbers_and_sizes_that_change(target):
     """Dynamic shapes, and settings that are variables of the graph (a schedule of beta, say)."""
 
+    scores = torch.tensor([[0.3, 0.9]], device=target.device)
+
     def loss(logits, labels, ref_logps, beta, scale, softcap):
         logps = nca_kernels.sequence_logps(logits, labels, shift=1, scale=scale, softcap=softcap, backend=target.name)
-        return nca_kernels.info_nca_loss(logps.view(-1, 2), ref_logps, beta=beta, alpha=beta, backend=target.name).loss
+        return nca_kernels.info_nca_loss(logps.view(-1, 2), ref_logps, scores, beta=beta, alpha=beta, backend=target.name).loss
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
