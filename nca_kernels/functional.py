@@ -52,8 +52,8 @@ def token_logps(
         inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. Whatever else
             needs them for a backward of its own (another call, a ``tanh`` that made them) gets PyTorch's error on tensors
             modified in place. The gradient gets memory of its own where another tensor shares that storage (beside the one
-            that ``logits`` is a view of), where saved-tensor hooks (checkpointing, offloading) hold the logits, in a compiled
-            graph, and with ``backend="torch"``.
+            that ``logits`` is a view of), where saved-tensor hooks (checkpointing, offloading) hold the logits for this call or
+            for the operator that made them, in a compiled graph, and with ``backend="torch"``.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can (:func:`explain`).
 
     Returns:
