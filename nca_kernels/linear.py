@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import parallel
+from . import memory, parallel
 from .linear_head import Head, Settings, Upstream
 from .slices import FrozenGradient, merge, merge_ranks
 from .tiles import ProductSum, Tiling
@@ -182,7 +182,7 @@ class _Sums:
     def __init__(self, head: Head, x: Tensor, tiling: Tiling, needs: list[bool]) -> None:
         self.head, self.x, self.tiling, self.needs = head, x, tiling, needs
         self.dx = torch.empty_like(x, dtype=torch.float32 if head.settings.group else x.dtype) if needs[0] else x.new_empty(0)
-        self.dweight = x.new_empty(head.weight.shape if needs[1] else 0)
+        self.dweight = memory.empty(head.weight.shape if needs[1] else (0,), x.dtype, x.device)
         self.dbias = x.new_empty(len(head.weight) if needs[2] else 0)
         if not tiling.blocks:  # no labelled row, so no product to write them
             self.dweight.zero_()

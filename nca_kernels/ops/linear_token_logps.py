@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, linear, tiles
+from .. import checks, linear, memory, tiles
 from ..linear_head import Head, Settings, Upstream
 from ..slices import logps_of
 from .library import LIBRARY, define, differentiable, fields, no_second_derivative
@@ -36,7 +36,7 @@ def run_forward(
     if checks.are_read(labels):
         checks.vocabulary(labels, settings.ignore_index, settings.vocab_total)
     rows = linear.labelled_rows(labels, settings.ignore_index)
-    kept = _room_for_logits(hidden, weight, settings)
+    kept = memory.empty((_room_for_logits(hidden, weight, settings),), settings.logits_dtype, hidden.device)
     passed = linear.forward(Head(weight, bias, settings), hidden, labels, rows, kept, stat_rows, with_entropy)
     indices = rows.indices if settings.mode == "trained" else labels.new_empty(0)
     return Saved(*passed, kept, indices, rows.number)
@@ -49,14 +49,15 @@ def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Setti
     shapes = (stat_rows, M), (M if frozen else 0, D), (M if frozen and with_entropy else 0, D)
     stats, u, w = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
     indices = torch.empty_like(labels) if settings.mode == "trained" else labels.new_empty(0)
-    return Saved(stats, u, w, _room_for_logits(hidden, weight, settings), indices, torch.empty(1, dtype=torch.int64))
+    kept = hidden.new_empty(_room_for_logits(hidden, weight, settings), dtype=settings.logits_dtype)
+    return Saved(stats, u, w, kept, indices, torch.empty(1, dtype=torch.int64))
 
 
-def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> Tensor:
-    """Empty unless the head is trained and ``save_budget`` buys any."""
-    wanted = settings.mode == "trained" and settings.save_budget > 0
-    room = tiles.stored_elements(hidden.shape[0], weight.shape[0], settings.save_budget, settings.logits_dtype) if wanted else 0
-    return hidden.new_empty(room, dtype=settings.logits_dtype)
+def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> int:
+    """In elements; none unless the head is trained and ``save_budget`` buys any."""
+    if settings.mode != "trained" or settings.save_budget == 0:
+        return 0
+    return tiles.stored_elements(hidden.shape[0], weight.shape[0], settings.save_budget, settings.logits_dtype)
 
 
 @define(
