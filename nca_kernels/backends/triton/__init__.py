@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -51,19 +52,19 @@ def _wrong_device(device: torch.device) -> list[str]:
     return [f"Triton needs compute capability {want}, {device} has {have}"]
 
 
-def token_logps_fwd(*args, **kwargs) -> None:
+def token_logps_fwd(*args: Any, **kwargs: Any) -> None:
     from . import token_logps
 
     token_logps.token_logps_fwd(*args, **kwargs)
 
 
-def token_logps_bwd(*args, **kwargs) -> None:
+def token_logps_bwd(*args: Any, **kwargs: Any) -> None:
     from . import token_logps
 
     token_logps.token_logps_bwd(*args, **kwargs)
 
 
-def group_loss_fwd(*args, **kwargs) -> None:
+def group_loss_fwd(*args: Any, **kwargs: Any) -> None:
     from . import group_loss
 
     group_loss.group_loss_fwd(*args, **kwargs)
