@@ -23,12 +23,10 @@ COMPILER = os.environ.get("CXX", "c++").split()
 CXXFLAGS = os.environ.get("CXXFLAGS", "").split()
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]  # Apple's clang has none: one thread there
 # One object per instruction set, chosen at run time, so that one wheel serves every machine of its architecture.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {
-    "x86_64": {
-        "plain": [],
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-    },
+    "x86_64": {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
     "aarch64": {"neon": []},
 }
 ISA_FLAGS["arm64"] = ISA_FLAGS["aarch64"]

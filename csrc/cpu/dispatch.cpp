@@ -15,6 +15,9 @@ namespace cpu {
   void token_logps_fwd(const TokenLogps&, const Launch&);     \
   void token_logps_bwd(const TokenLogps&, const Launch&);     \
   }
+#ifdef NCA_HAS_AVX512BF16
+NCA_DECLARE(avx512bf16)
+#endif
 #ifdef NCA_HAS_AVX512
 NCA_DECLARE(avx512)
 #endif
@@ -39,13 +42,18 @@ struct Isa {
 };
 
 const Isa& pick_isa() {
+#if defined(NCA_HAS_AVX512)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
   // F16C is older than AVX2, so no machine has AVX2 and FMA without it.
   static const Isa isas[] = {
+#ifdef NCA_HAS_AVX512BF16
+      {"avx512bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512bf16::token_logps_fwd,
+       avx512bf16::token_logps_bwd},
+#endif
 #ifdef NCA_HAS_AVX512
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq"),
-       avx512::token_logps_fwd, avx512::token_logps_bwd},
+      {"avx512", has_avx512, avx512::token_logps_fwd, avx512::token_logps_bwd},
 #endif
 #ifdef NCA_HAS_AVX2
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::token_logps_fwd,

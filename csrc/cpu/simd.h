@@ -1,6 +1,6 @@
-// Vectors of float32 and the few instructions that the vector extensions of GCC and Clang have no word for.
-// Included by objects compiled for one instruction set each. Everything here is static: an inline function with a name
-// that the linker may merge could leave AVX-512 code in the object that runs on a machine without it.
+// Vectors of float32, and the instructions that the vector extensions of GCC and Clang do not offer.
+// Each object that includes this is compiled for one instruction set. Everything here has internal linkage: the linker may
+// merge an inline function, and AVX-512 code would end up in the object that runs on a machine without it.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -35,6 +35,10 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
+// Twice as many lanes, of 16-bit numbers.
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t UShorts __attribute__((vector_size(4 * kLanes)));
+constexpr int kPair = 2 * kLanes;
 
 template <class V>
 V load(const void* from) {
@@ -96,7 +100,20 @@ Vec round(Vec x) {
 #endif
 }
 
-// a * 2^n for integers n in [-190, 63], denormal results included.
+// An integer n with x - 1 <= n <= x, for |x| < 2^22.
+Vec floor(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_floor_ps(x);
+#elif defined(__aarch64__)
+  return vrndmq_f32(x);
+#else
+  return round(x - 0.5f);
+#endif
+}
+
+// a * 2^n for integers n in [-190, 63], denormal results included. With AVX-512 for any n, a fraction is dropped (floor).
 Vec scale_pow2(Vec a, Vec n) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(a, n);
@@ -144,21 +161,89 @@ float reduce_max(Vec v) {
 }
 
 // The dtypes: memory to float32 and back, rounding to nearest even.
+//
+// `get` and `put` move kLanes neighbouring columns in order. `get_pair` and `put_pair` move kPair of them, in an order of the
+// dtype's own, the same for both. `top` is the largest of `count` > 0 columns, as the dtype's number; a NaN may be taken or dropped.
+
+struct Pair {
+  Vec a, b;
+};
 
 struct Float32 {
   using Type = float;
   static Vec get(const Type* from) { return load<Vec>(from); }
   static void put(Type* to, Vec v) { store(to, v); }
+  static Pair get_pair(const Type* from) { return {get(from), get(from + kLanes)}; }
+  static void put_pair(Type* to, Pair v) {
+    put(to, v.a);
+    put(to + kLanes, v.b);
+  }
+  static float top(const Type* from, int64_t count) {
+    Vec a = splat(-INFINITY), b = a;
+    const int64_t whole = count - count % kPair;
+    for (int64_t i = 0; i < whole; i += kPair) {
+      a = max(get(from + i), a);
+      b = max(get(from + i + kLanes), b);
+    }
+    float found = reduce_max(max(a, b));
+    for (int64_t i = whole; i < count; ++i) found = from[i] > found ? from[i] : found;
+    return found;
+  }
 };
+
+// The bits of the largest of `count` > 0 numbers of 16 bits, one of which is the sign. Positive ones grow with their bits and
+// are above all negative ones as signed integers; negative ones fall with their bits.
+uint16_t top_bits(const uint16_t* from, int64_t count) {
+  Shorts most = Shorts{} + (int16_t)from[0];
+  UShorts least = UShorts{} + from[0];
+  const int64_t whole = count - count % kPair;
+  for (int64_t i = 0; i < whole; i += kPair) {
+    const Shorts bits = load<Shorts>(from + i);
+    most = bits > most ? bits : most;
+    least = (UShorts)bits < least ? (UShorts)bits : least;
+  }
+  int16_t positive = (int16_t)from[0];
+  uint16_t negative = from[0];
+  const auto visit = [&](uint16_t bits) {
+    positive = (int16_t)bits > positive ? (int16_t)bits : positive;
+    negative = bits < negative ? bits : negative;
+  };
+  for (int i = 0; i < kPair; ++i) {
+    visit((uint16_t)most[i]);
+    visit(least[i]);
+  }
+  for (int64_t i = whole; i < count; ++i) visit(from[i]);
+  return positive >= 0 ? (uint16_t)positive : negative;
+}
 
 // A NaN needs no test here as long as its low 16 bits are 0: true of those that arithmetic makes and of bfloat16's own,
 // and quiet() gives it to the rest.
 struct BFloat16 {
   using Type = uint16_t;
   static Vec get(const Type* from) { return (Vec)(widen(from) << 16); }
-  static void put(Type* to, Vec v) {
-    const Bits bits = (Bits)v;
-    narrow(to, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  // The even columns and the odd ones: half as many instructions as for columns in order.
+  static Pair get_pair(const Type* from) {
+    const Bits bits = load<Bits>(from);
+    return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000)};
+  }
+#if defined(__AVX512BF16__)
+  // The instructions flush results below 2^-126 to 0.
+  static void put(Type* to, Vec v) { store(to, _mm512_cvtneps_pbh(v)); }
+  static void put_pair(Type* to, Pair v) {
+    Shorts columns;
+    for (int i = 0; i < kPair; ++i) columns[i] = (int16_t)(i / 2 + i % 2 * kLanes);
+    store(to, _mm512_permutexvar_epi16((__m512i)columns, (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a)));
+  }
+#else
+  static Bits rounded(Vec v) { return (Bits)v + 0x7fff + (((Bits)v >> 16) & 1); }
+  static void put(Type* to, Vec v) { narrow(to, rounded(v) >> 16); }
+  static void put_pair(Type* to, Pair v) { store(to, (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000)); }
+#endif
+  static float top(const Type* from, int64_t count) {
+    const uint32_t bits = (uint32_t)top_bits(from, count) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
   }
 };
 
@@ -195,18 +280,27 @@ struct Float16 {
     narrow(to, (bits >= 0x47800000 ? overflow : finite) | sign);
   }
 #endif
+  static Pair get_pair(const Type* from) { return {get(from), get(from + kLanes)}; }
+  static void put_pair(Type* to, Pair v) {
+    put(to, v.a);
+    put(to + kLanes, v.b);
+  }
+  static float top(const Type* from, int64_t count) {
+    const uint16_t bits[kLanes] = {top_bits(from, count)};
+    return get(bits)[0];
+  }
 };
 
-// The first `count` lanes alone are touched in memory; the others are 0.
+// The first `count` <= kLanes lanes alone are touched in memory; the others are 0.
 template <class Dtype>
-Vec get_some(const typename Dtype::Type* from, int64_t count) {
+Vec get_partial(const typename Dtype::Type* from, int64_t count) {
   typename Dtype::Type lanes[kLanes] = {};
   memcpy(lanes, from, count * sizeof *lanes);
   return Dtype::get(lanes);
 }
 
 template <class Dtype>
-void put_some(typename Dtype::Type* to, Vec v, int64_t count) {
+void put_partial(typename Dtype::Type* to, Vec v, int64_t count) {
   typename Dtype::Type lanes[kLanes];
   Dtype::put(lanes, v);
   memcpy(to, lanes, count * sizeof *lanes);

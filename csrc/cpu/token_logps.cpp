@@ -1,12 +1,13 @@
-// The row kernels on the CPU. Compiled once per instruction set, NCA_ISA names the namespace of each; see dispatch.cpp.
+// The row kernels on the CPU. Compiled once for each instruction set, NCA_ISA names its namespace; see dispatch.cpp.
 #include "row_math.h"
 #include "vector_math.h"
 
 namespace nca {
 namespace {
 
-// Elements held in the first-level cache between the look for the maximum and the sum of exponentials.
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kCacheLine = 64;
+// What stays in the first-level cache between the search for the maximum and the sum of exponentials.
+constexpr int64_t kBlockBytes = 8192;
 
 // z and dz/dlogits / scale. Its first form is the identity in all but the scale.
 template <bool kCapped>
@@ -24,6 +25,12 @@ struct Transform {
   }
 };
 
+// Columns up to the next cache line. A vector load that crosses from one line into the next costs twice the time.
+template <class Type>
+int64_t unaligned(const Type* at) {
+  return (int64_t)(-(uintptr_t)at % kCacheLine / sizeof(Type));
+}
+
 Vec only_first(Vec v, int64_t count) {
   Int lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -35,51 +42,88 @@ struct RowStats {
   float weighted;  // A = sum (z - max) exp(z - max); 0 unless asked for
 };
 
-template <class Dtype, bool kCapped, bool kWeighted>
-RowStats row_stats(const typename Dtype::Type* logits, int64_t V, const Transform<kCapped>& transform) {
-  alignas(64) float z[kBlock];
-  float top = -INFINITY;
-  // In float32, a column near p = 1 would swallow the tail of a large vocabulary.
-  double sum = 0, weighted = 0;
-  for (int64_t first = 0; first < V; first += kBlock) {
-    const auto* block = logits + first;
-    const int64_t count = V - first < kBlock ? V - first : kBlock;
-    const int64_t whole = count - count % kLanes;
-    Vec block_top = splat(-INFINITY);
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Vec v = transform(Dtype::get(block + i)).z;
-      block_top = max(v, block_top);
-      store(z + i, v);
+// Sums over the columns seen so far of exp(scale * (x - top)) = 2^t, t = rate * (x - top), and of t 2^t if kWeighted.
+template <class Dtype, bool kWeighted>
+class RunningSums {
+  using Type = typename Dtype::Type;
+
+ public:
+  explicit RunningSums(float scale) : scale_(scale), rate_(scale * kLog2E) {}
+
+  // What follows the block in memory is fetched meanwhile.
+  void add(const Type* block, int64_t count) {
+    raise(Dtype::top(block, count));
+    // With nothing but -inf so far, any finite shift gives 2^t = 0 and keeps -inf - (-inf) = NaN out.
+    const Vec shift = splat(top_ == -INFINITY ? 0.f : top_);
+    Vec sums[2] = {}, weighted[2] = {};
+    const auto visit = [&](Vec x, int which) {
+      const Vec t = (x - shift) * rate_, power = exp2<kFast>(t);
+      sums[which] += power;
+      if (kWeighted) weighted[which] = fma(finite(t), power, weighted[which]);
+    };
+    int64_t i = 0;
+    for (; i + kPair <= count; i += kPair) {
+      for (int line = 0; line < kPair; line += kCacheLine / sizeof(Type)) __builtin_prefetch(block + count + i + line);
+      const Pair x = Dtype::get_pair(block + i);
+      visit(x.a, 0);
+      visit(x.b, 1);
     }
-    if (whole < count) {
-      // The lanes past the end become -inf after the transform: a softcap would turn -inf into -softcap.
-      const Vec v = only_first(transform(get_some<Dtype>(block + whole, count - whole)).z, count - whole);
-      block_top = max(v, block_top);
-      store(z + whole, v);
+    for (; i < count; i += kLanes) {
+      const int64_t left = count - i < kLanes ? count - i : kLanes;
+      visit(only_first(get_partial<Dtype>(block + i, left), left), 0);
     }
-    const float new_top = reduce_max(max(block_top, splat(top)));
-    // With nothing but -inf so far, any finite shift gives exp = 0 and keeps -inf - (-inf) = NaN out.
-    const Vec shift = splat(new_top == -INFINITY ? 0.f : new_top);
-    if (new_top > top) {
-      const float factor = expf(top - new_top);
-      // Every z - max shrinks by as much as the maximum grows. From -inf there is nothing to shrink: 0 or NaN stays.
-      if (kWeighted) weighted = factor * (weighted + (top == -INFINITY ? 0.f : top - new_top) * sum);
-      sum *= factor;
-      top = new_top;
-    }
-    Vec block_sum = splat(0.f), block_weighted = splat(0.f);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      // The next block comes in from memory while this one keeps the arithmetic busy.
-      __builtin_prefetch(block + kBlock + i);
-      const Vec gap = load<Vec>(z + i) - shift;
-      const Vec power = exp(gap);
-      block_sum += power;
-      if (kWeighted) block_weighted = fma(finite(gap), power, block_weighted);
-    }
-    sum += reduce_sum(block_sum);
-    if (kWeighted) weighted += reduce_sum(block_weighted);
+    sum_ += reduce_sum(sums[0] + sums[1]);
+    if (kWeighted) weighted_ += reduce_sum(weighted[0] + weighted[1]);
   }
-  return {{top, (float)sum}, (float)weighted};
+
+  RowStats stats() const { return {{scale_ * top_, (float)sum_}, (float)(weighted_ * M_LN2)}; }
+
+ private:
+  static constexpr bool kFast = sizeof(Type) == 2;
+
+  void raise(float new_top) {
+    if (!(new_top > top_)) return;
+    const double factor = ::exp2(((double)top_ - new_top) * rate_);
+    // Each t falls by as much as the maximum rises. From -inf there is nothing to fall: 0 or NaN stays.
+    if (kWeighted && top_ > -INFINITY) weighted_ += ((double)top_ - new_top) * rate_ * sum_;
+    weighted_ *= factor;
+    sum_ *= factor;
+    top_ = new_top;
+  }
+
+  const float scale_, rate_;
+  float top_ = -INFINITY;
+  // In float32, a column near p = 1 would swallow the tail of a large vocabulary.
+  double sum_ = 0, weighted_ = 0;
+};
+
+template <class Dtype, bool kWeighted>
+RowStats row_stats(const typename Dtype::Type* logits, int64_t V, const Transform<false>& transform) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(*logits);
+  RunningSums<Dtype, kWeighted> sums(transform.scale);
+  int64_t first = 0, count = unaligned(logits);
+  if (count == 0 || count > V) count = V < kBlock ? V : kBlock;
+  while (first < V) {
+    sums.add(logits + first, count);
+    first += count;
+    count = V - first < kBlock ? V - first : kBlock;
+  }
+  return sums.stats();
+}
+
+template <class Dtype, bool kWeighted>
+RowStats row_stats(const typename Dtype::Type* logits, int64_t V, const Transform<true>& transform) {
+  constexpr int64_t kBlock = kBlockBytes / sizeof(float);
+  alignas(kCacheLine) float z[kBlock];
+  RunningSums<Float32, kWeighted> sums(1.f);
+  for (int64_t first = 0; first < V; first += kBlock) {
+    const int64_t count = V - first < kBlock ? V - first : kBlock;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(z + i, transform(Dtype::get(logits + first + i)).z);
+    if (i < count) store(z + i, transform(get_partial<Dtype>(logits + first + i, count - i)).z);
+    sums.add(z, count);
+  }
+  return sums.stats();
 }
 
 template <class Dtype, bool kCapped, bool kWeighted>
@@ -94,9 +138,9 @@ void fwd_row(const TokenLogps& p, int64_t row) {
     const Transform<kCapped> transform(p);
     const auto* logits = static_cast<const typename Dtype::Type*>(p.logits);
     logits += row / p.T * p.stride_n + row % p.T * p.stride_t;
-    found = row_stats<Dtype, kCapped, kWeighted>(logits, p.V, transform);
+    found = row_stats<Dtype, kWeighted>(logits, p.V, transform);
     const int64_t column = label - p.vocab_start;
-    if (column >= 0 && column < p.V) target = transform(get_some<Dtype>(logits + column, 1)).z[0];
+    if (column >= 0 && column < p.V) target = transform(get_partial<Dtype>(logits + column, 1)).z[0];
     p.logps[row] = row_logp(found.sum, target);
   }
   stats[0] = found.sum.max;
@@ -105,11 +149,46 @@ void fwd_row(const TokenLogps& p, int64_t row) {
   if (kWeighted) stats[3 * rows] = found.weighted;
 }
 
-// kStats: of lse and entropy, too, not of the log-prob alone.
+// d z of a row's columns from the upstream gradients of log-prob, lse and entropy, times the scale:
+//   scale * (dlogp * onehot + p * (dlse - dlogp - dentropy * (z - max - mean))), mean = A / sum,
+// where log p + entropy = z - max - mean. In t = (z - max) log2(e), of which p = 2^t / sum. kStats: dlse and dentropy count.
+template <bool kFast, bool kStats>
+class Gradient {
+ public:
+  Gradient(const TokenLogps& p, int64_t row) {
+    const int64_t rows = p.N * p.T;
+    sum_ = {quiet(p.stats[row]), quiet(p.stats[rows + row])};
+    target_ = p.stats[2 * rows + row];
+    dlogp_ = quiet(p.dlogps[row] * p.scale);
+    if (kStats && p.dlse) dlse_ = quiet(p.dlse[row] * p.scale);
+    if (kStats && p.dentropy) {
+      dentropy_ = quiet(p.dentropy[row] * p.scale);
+      mean_ = quiet(p.stats[3 * rows + row] / sum_.sum);
+    }
+    factor_ = (dlse_ - dlogp_) / sum_.sum;
+    slant_ = -dentropy_ / sum_.sum * kLn2;
+  }
+
+  // Of columns that are not the label's.
+  Vec operator()(Vec z) const {
+    const Vec t = (z - sum_.max) * kLog2E;
+    const Vec rate = kStats ? fma(splat(slant_), finite(t) - mean_ * kLog2E, splat(factor_)) : splat(factor_);
+    return rate * exp2<kFast>(t);
+  }
+
+  float at_label() const {
+    const float logp = row_logp(sum_, target_), dz = dlogp_ * one_minus_p(logp);
+    return kStats ? dz + expf(logp) * (dlse_ - dentropy_ * (fmaxf(target_ - sum_.max, kNothing) - mean_)) : dz;
+  }
+
+ private:
+  RowSum sum_;
+  float target_, dlogp_, dlse_ = 0.f, dentropy_ = 0.f, mean_ = 0.f, factor_, slant_;
+};
+
 template <class Dtype, bool kCapped, bool kStats>
 void bwd_row(const TokenLogps& p, int64_t row) {
   using Type = typename Dtype::Type;
-  const int64_t rows = p.N * p.T;
   const int64_t n = row / p.T, t = row % p.T;
   const int64_t label = p.labels[row];
   Type* const dlogits = static_cast<Type*>(p.dlogits) + n * p.dstride_n + t * p.dstride_t;
@@ -119,37 +198,32 @@ void bwd_row(const TokenLogps& p, int64_t row) {
   }
   const Type* const logits = static_cast<const Type*>(p.logits) + n * p.stride_n + t * p.stride_t;
   const Transform<kCapped> transform(p);
-  const RowSum sum{quiet(p.stats[row]), quiet(p.stats[rows + row])};
-  const float dlogp = quiet(p.dlogps[row] * p.scale);
-  const float dlse = kStats && p.dlse ? quiet(p.dlse[row] * p.scale) : 0.f;
-  const float dentropy = kStats && p.dentropy ? quiet(p.dentropy[row] * p.scale) : 0.f;
-  const float mean = kStats && p.dentropy ? quiet(p.stats[3 * rows + row] / sum.sum) : 0.f;  // of z - max
-  // dz = dlogp * onehot + p * (dlse - dlogp - dentropy * (z - max - mean)), where log p + entropy = z - max - mean.
-  const float factor = (dlse - dlogp) / sum.sum, slant = -dentropy / sum.sum;
+  const Gradient<sizeof(Type) == 2, kStats> dz(p, row);
   const auto gradient = [&](Vec x) {
     const auto value = transform(x);
-    const Vec gap = value.z - sum.max;
-    const Vec rate = kStats ? fma(splat(slant), finite(gap) - mean, splat(factor)) : splat(factor);
-    return rate * exp(gap) * value.slope;
+    return dz(value.z) * value.slope;
   };
 
   // First what the label's column needs: the gradient may overwrite the logits.
   const int64_t column = label - p.vocab_start;
   const bool here = column >= 0 && column < p.V;
   Vec at_label = splat(0.f);
-  if (here) {
-    const float slope = transform(get_some<Dtype>(logits + column, 1)).slope[0];
-    const float target = p.stats[2 * rows + row], logp = row_logp(sum, target);
-    float dz = dlogp * one_minus_p(logp);
-    if (kStats) dz += expf(logp) * (dlse - dentropy * (fmaxf(target - sum.max, kNothing) - mean));
-    at_label = splat(dz * slope);
+  if (here) at_label = dz.at_label() * transform(get_partial<Dtype>(logits + column, 1)).slope;
+  const auto visit_partial = [&](int64_t i, int64_t end) {
+    for (; i < end; i += kLanes) {
+      const int64_t left = end - i < kLanes ? end - i : kLanes;
+      put_partial<Dtype>(dlogits + i, gradient(get_partial<Dtype>(logits + i, left)), left);
+    }
+  };
+  const int64_t head = unaligned(dlogits) < p.V ? unaligned(dlogits) : p.V;
+  visit_partial(0, head);
+  int64_t i = head;
+  for (; i + kPair <= p.V; i += kPair) {
+    const Pair x = Dtype::get_pair(logits + i);
+    Dtype::put_pair(dlogits + i, {gradient(x.a), gradient(x.b)});
   }
-  const int64_t whole = p.V - p.V % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) Dtype::put(dlogits + i, gradient(Dtype::get(logits + i)));
-  if (whole < p.V) {
-    put_some<Dtype>(dlogits + whole, gradient(get_some<Dtype>(logits + whole, p.V - whole)), p.V - whole);
-  }
-  if (here) put_some<Dtype>(dlogits + column, at_label, 1);
+  visit_partial(i, p.V);
+  if (here) put_partial<Dtype>(dlogits + column, at_label, 1);
 }
 
 using Row = void (*)(const TokenLogps&, int64_t);
