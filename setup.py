@@ -5,10 +5,13 @@ the second; no GPU. ``NCA_KERNELS_BUILD=auto|none|cpu|cuda``: ``auto`` builds wh
 other value fails loudly when it cannot be met (``cuda`` means both).
 """
 
+from __future__ import annotations
+
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,12 +35,30 @@ ISA_FLAGS = {
 ISA_FLAGS["arm64"] = ISA_FLAGS["aarch64"]
 
 
-def find_nvcc():
+def find_nvcc() -> str | None:
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(cuda_home, "bin"))) if cuda_home else shutil.which("nvcc")
 
 
-def wanted_extensions():
+def takes(flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.touch()
+        command = [*COMPILER, *flags, "-Werror", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def known_isas() -> dict[str, list[str]]:
+    """The instruction sets of this machine's architecture that the compiler knows, with their flags."""
+    isas = ISA_FLAGS.get(platform.machine(), {"plain": []})
+    known = {isa: flags for isa, flags in isas.items() if not flags or takes(flags)}
+    for isa in isas.keys() - known:
+        print(f"nca_kernels: not building for {isa}: {COMPILER[0]} does not know {' '.join(isas[isa])}")
+    return known
+
+
+def wanted_extensions() -> list[Extension]:
     """The extensions to build, by ``NCA_KERNELS_BUILD`` and the tools at hand."""
     wish = os.environ.get("NCA_KERNELS_BUILD", "auto")
     if wish not in ("auto", "none", "cpu", "cuda"):
@@ -55,7 +76,7 @@ def wanted_extensions():
 class BuildKernels(build_ext):
     """Compiles ``csrc`` file by file, since each object has flags of its own."""
 
-    def build_extension(self, ext):
+    def build_extension(self, ext: Extension) -> None:
         import pybind11
 
         module = ext.name.rpartition(".")[2]
@@ -77,7 +98,7 @@ class BuildKernels(build_ext):
         self.spawn([*linker, "-shared", *objects, "-o", str(target)])
         print(f"nca_kernels: built {module}")
 
-    def cxx(self, source, stem, flags):
+    def cxx(self, source: str, stem: str, flags: list[str]) -> str:
         """Compile one C++ file to an object of its own name. Nobody reads errno, and expf without it is cheaper."""
         output = str(self.objects / f"{stem}.o")
         self.spawn(
@@ -97,8 +118,8 @@ class BuildKernels(build_ext):
         )
         return output
 
-    def cpu_kernels(self):
-        isas = ISA_FLAGS.get(platform.machine(), {"plain": []})
+    def cpu_kernels(self) -> list[str]:
+        isas = known_isas()
         known = [f"-DNCA_HAS_{isa.upper()}" for isa in isas]
         # No fused scale * logits - max: max was rounded, so a row's best column would come out above it.
         strict = ["-ffp-contract=off", *OPENMP]
@@ -109,7 +130,7 @@ class BuildKernels(build_ext):
         objects += [self.cxx(f"cpu/{stem}.cpp", stem, OPENMP + known) for stem in ("dispatch", "group_loss")]
         return objects
 
-    def cuda_kernels(self):
+    def cuda_kernels(self) -> list[str]:
         nvcc = find_nvcc()
         # A toolkit that does not know the newest chips has its last architecture's PTX serve them.
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()

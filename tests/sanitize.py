@@ -16,14 +16,14 @@ FILES = ["test_token_logps.py", "test_row_stats.py", "test_group_loss.py", "test
 SELECT = ["-k", "cpu and not 128256 and not 151936 and not 50257"]
 
 
-def available_isas():
+def available_isas() -> list[str]:
     """The instruction sets that this machine can run and the extension has."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    wanted = {"avx512": "avx512bw", "avx2": "avx2", "plain": "sse2", "neon": "asimd"}
+    wanted = {"avx512bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2", "plain": "sse2", "neon": "asimd"}
     return [isa for isa, flag in wanted.items() if f" {flag} " in flags.replace("\n", " ")]
 
 
-def main():
+def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build = {**os.environ, "NCA_KERNELS_BUILD": "cpu", "CXXFLAGS": FLAGS}
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, str(ROOT)]

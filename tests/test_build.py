@@ -57,6 +57,30 @@ def test_it_builds_and_loads_without_pytorch(tmp_path):
     assert "ValueError: NCA_KERNELS_ISA=mmx: this machine and build have" in run.stderr
 
 
+def test_an_unknown_instruction_set_is_one_line():
+    """The backend names it as the reason why it cannot run."""
+    script = (
+        "from nca_kernels import explain; from nca_kernels.backends.native import cpu\n"
+        "print(cpu.description()); print(explain('cpu', 'token_logps'))"
+    )
+    environment = {**os.environ, "NCA_KERNELS_ISA": "avx9"}
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    line = "NCA_KERNELS_ISA=avx9: this machine and build have "
+    assert run.stdout.startswith(line)
+    assert f"cannot run here ({line}" in run.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other architectures have one instruction set")
+def test_a_compiler_without_an_instruction_set_builds_the_others(tmp_path, monkeypatch, capsys):
+    compiler = tmp_path / "old-c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *mavx512bf16*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setitem(SETUP["takes"].__globals__, "COMPILER", [str(compiler)])
+    assert list(SETUP["known_isas"]()) == ["plain", "avx2", "avx512"]
+    assert "not building for avx512bf16:" in capsys.readouterr().out
+
+
 def test_no_pytorch_header_in_the_sources():
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert len(sources) >= 8

@@ -77,6 +77,28 @@ def test_close_calls_at_large_logits(target):
     _check(target, logits, torch.tensor([[7, 7, 64, 64]]), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_near_the_largest_numbers(target, dtype):
+    """As masks have them: products with log2(e) overflow there, differences do not."""
+    least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
+    logits = torch.full((1, 6, 3000), least, dtype=dtype)
+    logits[0, 1, 5] = 3.0
+    logits[0, 2, 5] = most
+    logits[0, 3] = torch.linspace(1e9, 1e12, 3000).to(dtype)
+    logits[0, 4] = -torch.linspace(1e7, 1e8, 3000).to(dtype)
+    logits[0, 5] = -most / 2
+    _check(target, logits, torch.tensor([[7, 5, 5, 2999, 0, 2]]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("offset", [-60.0, 0.0, 60.0])
+def test_all_of_one_sign(target, dtype, offset):
+    """The maximum of 16-bit numbers may be looked for among their bits, which fall where negative numbers grow."""
+    torch.manual_seed(11)
+    logits = (torch.rand(2, 3, 2100) * torch.tensor([1.0, 20.0])[:, None, None] + offset - 20 * (offset < 0)).to(dtype)
+    _check(target, logits, logits.argmax(-1), dtype, scale=0.7)
+
+
 def test_equal_logits(target):
     """A row of equal logits: every probability is 1 / V exactly."""
     logits = torch.full((1, 2, 4096), 3.25, device=target.device, requires_grad=True)

@@ -91,7 +91,14 @@ std::int64_t first_bad_row(const TokenLogps& p) {
 
 }  // namespace
 
-std::string unusable(int) { return ""; }
+std::string unusable(int) {
+  try {
+    isa();
+    return "";
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+}
 
 std::string instruction_set() { return isa().name; }
 

@@ -100,11 +100,10 @@ Vec round(Vec x) {
 #endif
 }
 
+#if !defined(__AVX512F__)
 // An integer n with x - 1 <= n <= x, for |x| < 2^22.
 Vec floor(Vec x) {
-#if defined(__AVX512F__)
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return _mm256_floor_ps(x);
 #elif defined(__aarch64__)
   return vrndmq_f32(x);
@@ -112,6 +111,7 @@ Vec floor(Vec x) {
   return round(x - 0.5f);
 #endif
 }
+#endif
 
 // a * 2^n for integers n in [-190, 63], denormal results included. With AVX-512 for any n, a fraction is dropped (floor).
 Vec scale_pow2(Vec a, Vec n) {
@@ -163,7 +163,7 @@ float reduce_max(Vec v) {
 // The dtypes: memory to float32 and back, rounding to nearest even.
 //
 // `get` and `put` move kLanes neighbouring columns in order. `get_pair` and `put_pair` move kPair of them, in an order of the
-// dtype's own, the same for both. `top` is the largest of `count` > 0 columns, as the dtype's number; a NaN may be taken or dropped.
+// dtype's own, the same for both. `Top` finds the largest of the columns added, kPair at a time; it may take or drop a NaN.
 
 struct Pair {
   Vec a, b;
@@ -178,43 +178,42 @@ struct Float32 {
     put(to, v.a);
     put(to + kLanes, v.b);
   }
-  static float top(const Type* from, int64_t count) {
-    Vec a = splat(-INFINITY), b = a;
-    const int64_t whole = count - count % kPair;
-    for (int64_t i = 0; i < whole; i += kPair) {
-      a = max(get(from + i), a);
-      b = max(get(from + i + kLanes), b);
+  class Top {
+   public:
+    void add(const Type* from) {
+      a_ = max(get(from), a_);
+      b_ = max(get(from + kLanes), b_);
     }
-    float found = reduce_max(max(a, b));
-    for (int64_t i = whole; i < count; ++i) found = from[i] > found ? from[i] : found;
-    return found;
-  }
+    float value() const { return reduce_max(max(a_, b_)); }
+
+   private:
+    Vec a_ = splat(-INFINITY), b_ = a_;
+  };
 };
 
-// The bits of the largest of `count` > 0 numbers of 16 bits, one of which is the sign. Positive ones grow with their bits and
-// are above all negative ones as signed integers; negative ones fall with their bits.
-uint16_t top_bits(const uint16_t* from, int64_t count) {
-  Shorts most = Shorts{} + (int16_t)from[0];
-  UShorts least = UShorts{} + from[0];
-  const int64_t whole = count - count % kPair;
-  for (int64_t i = 0; i < whole; i += kPair) {
-    const Shorts bits = load<Shorts>(from + i);
-    most = bits > most ? bits : most;
-    least = (UShorts)bits < least ? (UShorts)bits : least;
+// The largest of 16-bit floats, found among their bits, twice as many to a vector. Signed, the bits of positive numbers grow
+// with them and are above those of all negative numbers, whose bits fall as they grow: the largest number is the largest signed
+// or the smallest unsigned one of some lane.
+template <class Dtype>
+class Top16 {
+ public:
+  void add(const uint16_t* from) {
+    const Shorts bits = load<Shorts>(from);
+    most_ = bits > most_ ? bits : most_;
+    least_ = (UShorts)bits < least_ ? (UShorts)bits : least_;
   }
-  int16_t positive = (int16_t)from[0];
-  uint16_t negative = from[0];
-  const auto visit = [&](uint16_t bits) {
-    positive = (int16_t)bits > positive ? (int16_t)bits : positive;
-    negative = bits < negative ? bits : negative;
-  };
-  for (int i = 0; i < kPair; ++i) {
-    visit((uint16_t)most[i]);
-    visit(least[i]);
+  float value() const {
+    uint16_t lanes[2][kPair];
+    store(lanes[0], most_);
+    store(lanes[1], least_);
+    const Pair most = Dtype::get_pair(lanes[0]), least = Dtype::get_pair(lanes[1]);
+    return reduce_max(max(max(most.a, most.b), max(least.a, least.b)));
   }
-  for (int64_t i = whole; i < count; ++i) visit(from[i]);
-  return positive >= 0 ? (uint16_t)positive : negative;
-}
+
+ private:
+  Shorts most_ = Shorts{} + (int16_t)INT16_MIN;
+  UShorts least_ = UShorts{} + (uint16_t)UINT16_MAX;
+};
 
 // A NaN needs no test here as long as its low 16 bits are 0: true of those that arithmetic makes and of bfloat16's own,
 // and quiet() gives it to the rest.
@@ -226,25 +225,23 @@ struct BFloat16 {
     const Bits bits = load<Bits>(from);
     return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000)};
   }
-#if defined(__AVX512BF16__)
-  // The instructions flush results below 2^-126 to 0.
-  static void put(Type* to, Vec v) { store(to, _mm512_cvtneps_pbh(v)); }
-  static void put_pair(Type* to, Pair v) {
-    Shorts columns;
-    for (int i = 0; i < kPair; ++i) columns[i] = (int16_t)(i / 2 + i % 2 * kLanes);
-    store(to, _mm512_permutexvar_epi16((__m512i)columns, (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a)));
-  }
-#else
   static Bits rounded(Vec v) { return (Bits)v + 0x7fff + (((Bits)v >> 16) & 1); }
   static void put(Type* to, Vec v) { narrow(to, rounded(v) >> 16); }
-  static void put_pair(Type* to, Pair v) { store(to, (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000)); }
+  static void put_pair(Type* to, Pair v) {
+#if defined(__AVX512BF16__)
+    // The instruction makes 0 of denormal numbers.
+    const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+    const auto denormals = _mm512_testn_epi32_mask((__m512i)v.a, exponent) | _mm512_testn_epi32_mask((__m512i)v.b, exponent);
+    if (__builtin_expect(denormals == 0, true)) {
+      Shorts columns;
+      for (int i = 0; i < kPair; ++i) columns[i] = (int16_t)(i / 2 + i % 2 * kLanes);
+      store(to, _mm512_permutexvar_epi16((__m512i)columns, (__m512i)_mm512_cvtne2ps_pbh(v.b, v.a)));
+      return;
+    }
 #endif
-  static float top(const Type* from, int64_t count) {
-    const uint32_t bits = (uint32_t)top_bits(from, count) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    store(to, (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000));
   }
+  using Top = Top16<BFloat16>;
 };
 
 float quiet(float x) { return x == x ? x : NAN; }
@@ -285,10 +282,7 @@ struct Float16 {
     put(to, v.a);
     put(to + kLanes, v.b);
   }
-  static float top(const Type* from, int64_t count) {
-    const uint16_t bits[kLanes] = {top_bits(from, count)};
-    return get(bits)[0];
-  }
+  using Top = Top16<Float16>;
 };
 
 // The first `count` <= kLanes lanes alone are touched in memory; the others are 0.

@@ -61,7 +61,7 @@ class NativeBackend:
         return _numbers(self._module.REDUCTIONS)
 
     def unsupported(self, op: str, device: torch.device, dtype: torch.dtype | None = None, loss: str | None = None) -> list[str]:
-        reasons = []
+        reasons: list[str] = []
         if device.type != self.NAME:
             reasons.append(f"runs on {self.NAME} tensors, not on {device.type}")
         if self._import_error:
@@ -81,8 +81,13 @@ class NativeBackend:
         return self._module.unusable(-1 if device.index is None else device.index)
 
     def description(self) -> str:
-        """Which machine code it is, or why it does not load, for the user to read."""
-        return self._import_error or f"built for {self._module.instruction_set()}"
+        """Which machine code runs, or why none does, for the user to read."""
+        if self._import_error:
+            return self._import_error
+        try:
+            return f"built for {self._module.instruction_set()}"
+        except ValueError as error:  # NCA_KERNELS_ISA
+            return str(error)
 
     @staticmethod
     def _launch(tensor: Tensor) -> tuple[int, int, int]:
