@@ -85,8 +85,8 @@ def group_loss(
             chosen response, and a prompt whose column 0 is masked has nothing to learn from.
         beta: > 0, the strength of the implicit reward.
         alpha: for ``info_nca``, ``nca`` and ``biased_nca``, >= 0, the temperature of the scores, in their unit; 0: all weight on
-            the best-scored responses, as for the losses without ``alpha``. ``None``: 1. Without ``scores`` all weight is on
-            column 0.
+            the best-scored responses, as for the losses without ``alpha``. ``None``: 1. It has no
+            effect without ``scores``: all weight is on column 0.
         mask: bool ``[B, K]``, true where there is a response (ragged K); ``None``: everywhere. The values of the other arguments
             elsewhere do not matter.
         pairs: for ``dpo`` and ``ipo``. ``"best_vs_rest"``, or ``None``: each best-scored response against each lower-scored
@@ -190,14 +190,9 @@ def _refuse_unused(name: str, given: Mapping[str, object], used: tuple[str, ...]
 
 
 def _alpha(name: str, alpha: float | None, scores: Tensor | None) -> float:
-    """The temperature of the weights; 0, which is uniform over the best-scored responses, for a loss that takes none."""
-    if alpha is not None:
-        alpha = checks.non_negative("alpha", alpha)
-        if scores is None and alpha != 0:
-            raise ValueError(f"alpha: got {alpha} without scores, wanted None: all weight is on column 0")
-    if scores is None or "alpha" not in LOSSES[name].takes:
-        return 0.0
-    return 1.0 if alpha is None else alpha
+    """The temperature of the weights; 0, which is uniform over the best-scored responses, for a loss or a call that has none."""
+    alpha = 1.0 if alpha is None else checks.non_negative("alpha", alpha)
+    return alpha if scores is not None and "alpha" in LOSSES[name].takes else 0.0
 
 
 def _constant(value: Tensor, dtype: torch.dtype) -> Tensor:

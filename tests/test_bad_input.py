@@ -156,7 +156,6 @@ LOGPS = torch.randn(2, 3)
         ("dpo", (LOGPS, LOGPS), {"label_smoothing": -0.1}, ValueError, "label_smoothing: got -0.1, wanted a finite number >= 0"),
         ("nca", (LOGPS, LOGPS), {"nll_weight": -1}, ValueError, "nll_weight: got -1, wanted a finite number >= 0"),
         ("nca", (LOGPS, LOGPS), {"nll_weight": 0.1}, ValueError, "lengths: got None, wanted the number of tokens of each response"),
-        ("nca", (LOGPS, LOGPS), {"alpha": 0.3}, ValueError, "alpha: got 0.3 without scores, wanted None"),
     ],
 )
 def test_group_loss(name, arguments, options, error, message):
