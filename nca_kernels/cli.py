@@ -12,6 +12,7 @@ from pathlib import Path
 from ._version import __version__
 
 _HF = "pip install 'nca_kernels[hf]'"
+_NETWORK = ("httpx", "httpx2", "httpcore", "huggingface_hub", "requests")  # packages whose errors are of a connection
 _SERVER = "pip install 'nca_kernels[server]'"
 _HF_MODULES = (
     "accelerate",
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nnca-kernels {arguments.command}: stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if type(error).__module__.split(".")[0] in _NETWORK:
+            return _failed(arguments.command, f"the network, or the hub: {error}")
         return _failed(arguments.command, f"{type(error).__name__}: {error} (not foreseen; the traceback is in {_kept(error)})")
 
 

@@ -97,9 +97,17 @@ def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
     try:
         config = NCAConfig(**{key: value for key, value in values.items() if key in _hints(NCAConfig)})
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_with_key(str(error), given)) from error
     command = shlex.join(["nca-kernels", "train", os.fspath(path), *overrides])
     return Run(sources, config, frozenset(given), command)
+
+
+def _with_key(message: str, given: dict[str, _Given]) -> str:
+    """The message with place and key before it, where it names a value alone, as those of transformers' choices do."""
+    for key, (value, where, _) in given.items():
+        if isinstance(value, str) and value and message.startswith(f"{value} "):
+            return f"{where}: {key}: {message}"
+    return message
 
 
 def _from_file(path: str | os.PathLike) -> dict[str, _Given]:

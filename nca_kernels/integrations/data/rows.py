@@ -44,6 +44,7 @@ def prepare_rows(
     rows: Dataset | list[dict],
     tokenizer: PreTrainedTokenizerBase | None,
     options: RowOptions,
+    vocabulary: int | None = None,
     *,
     training: bool = True,
 ) -> Dataset:
@@ -55,6 +56,7 @@ def prepare_rows(
             ``response_ids`` and ``scores``, as of ``tokenize_groups``); then also with ``ref_logps``, one for each response.
         tokenizer: for rows that are not tokenized.
         options: see :class:`RowOptions`.
+        vocabulary: the number of the model's embeddings, which every id must be below; None: not checked.
         training: rows of which none can teach anything are refused. False: they are to evaluate on.
 
     Raises:
@@ -71,6 +73,8 @@ def prepare_rows(
     columns = COLUMNS if options.loss == "kto" else COLUMNS[:4]
     rows = rows.select_columns([column for column in columns if column in rows.column_names])
     _check(name, rows)
+    if vocabulary is not None:
+        _refuse_unknown_ids(name, rows, vocabulary)
     if options.num_responses is not None:
         choice = {"K": options.num_responses, "seed": options.seed}
         rows = rows.map(_chosen, with_indices=True, fn_kwargs=choice, desc="Choosing responses")
@@ -262,6 +266,26 @@ def with_ref_logps(rows: Dataset, ref_logps: list[list[float]]) -> Dataset:
 def response_counts(rows: Dataset) -> list[int]:
     batches = arrow_batches(rows.select_columns("response_ids"))
     return [count for columns in batches for count in _lengths(columns["response_ids"]).to_pylist()]
+
+
+def _refuse_unknown_ids(name: str, rows: Dataset, vocabulary: int) -> None:
+    """ValueError for the first row with a token id that a model of ``vocabulary`` embeddings does not have."""
+    before = 0
+    for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
+        for column, lists in columns.items():
+            of_rows = lists.flatten() if column == "response_ids" else lists
+            highest = pc.max(of_rows.flatten()).as_py()
+            if highest is not None and highest >= vocabulary:
+                bad = next(i for i, row in enumerate(lists.to_pylist()) if highest in _flat(row))
+                raise ValueError(
+                    f"{name}: row {before + bad + 1}, column {column}: the token id {highest}, and the model has {vocabulary} "
+                    "embeddings; wanted the model's own tokenizer, or a model resized to this one"
+                )
+        before += len(columns["prompt_ids"])
+
+
+def _flat(row: list[Any]) -> list[int]:
+    return [token for each in row for token in (each if isinstance(each, list) else [each])]
 
 
 def longest_sequences(rows: Dataset) -> np.ndarray:

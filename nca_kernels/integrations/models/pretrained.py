@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -60,3 +61,5 @@ def _load(kind: Any, what: str, name: str, keywords: dict[str, object]) -> Any:
         return kind.from_pretrained(name, **keywords)
     except (OSError, ValueError) as error:
         raise type(error)(f"{what}: {name!r} is no folder or hub name that loads: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{what}: a file of weights of {name!r} is damaged or cut off: {error}") from error

@@ -115,10 +115,14 @@ class NCAConfig(TrainingArguments):
             ("max_length", 4),
             ("max_prompt_length", 2),
             ("save_budget", 0),
+            ("sample_prompts", 0),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
             ("max_bad_losses", 1),
         ):
             value = getattr(self, name)
-            if value is None and name not in ("save_budget", "max_bad_losses"):
+            if value is None and name in ("num_responses", "max_length", "max_prompt_length"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: got {value!r}, wanted an int >= {low}")

@@ -105,13 +105,14 @@ class NCATrainer(ResumableTrainer):
         if ref_model is not None:
             check_reference(ref_model, model)
             refuse_tensor_parallel("ref_model", ref_model)
+        vocabulary = model.get_input_embeddings().num_embeddings
         with args.main_process_first(desc="rows"):
             if train_dataset is not None:
-                train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args.row_options())
+                train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args.row_options(), vocabulary)
             eval_dataset = map_datasets(
                 "eval_dataset",
                 eval_dataset,
-                lambda *rows: prepare_rows(*rows, processing_class, args.row_options(), training=False),
+                lambda *rows: prepare_rows(*rows, processing_class, args.row_options(), vocabulary, training=False),
             )
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
         self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
@@ -322,7 +323,8 @@ class NCATrainer(ResumableTrainer):
 
     def _prepared(self, name: str, rows: Rows) -> Dataset:
         with self.args.main_process_first(desc="rows"):
-            rows = prepare_rows(name, rows, self.processing_class, self.args.row_options(), training=False)
+            vocabulary = self.model.get_input_embeddings().num_embeddings
+            rows = prepare_rows(name, rows, self.processing_class, self.args.row_options(), vocabulary, training=False)
         return self._rows_with_ref_logps(name, rows)
 
     def evaluation_loop(
