@@ -194,3 +194,13 @@ def has_injected_adapter(model: nn.Module) -> bool:
     Without it, a new adapter takes the place of that one, whose training is lost in silence.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device to which accelerate's hook brings a module's inputs and weights; None without such a hook.
+
+    Without it, models that a ``device_map`` has placed or offloaded are moved, and the move fails.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return None if device is None else torch.device(device)

@@ -33,7 +33,12 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 
 def zero(stage, **more):
     return {
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "overlap_comm": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
@@ -49,8 +54,6 @@ MODES = {
     "lora": {"_lora": {}},
     "dora": {"_lora": DORA},
     "qlora": {"_lora": {}, "_nf4": True, "optim": "paged_adamw_32bit", "activation_checkpointing": True},
-    "offloaded": {"_lora": {}, "_offloaded": True},
-    "offloaded_model": {"_lora": {}, "_offloaded": True, "reference": "model"},
     "offloaded_ref_model": {"_ref_offloaded": True},
     "fsdp2": {"fsdp_config": {}},
     "fsdp2_checkpointed": {"fsdp_config": {"activation_checkpointing": True}},
@@ -64,6 +67,7 @@ MODES = {
     "zero2": {"deepspeed": zero(2)},
     "zero2_kto_model": {"deepspeed": zero(2), "loss": "kto", "reference": "model"},
     "zero2_bf16": {"deepspeed": zero(2, **BF16), "bf16": True},
+    "zero2_bf16_model": {"deepspeed": zero(2, **BF16), "bf16": True, "reference": "model"},
     "zero3": {"deepspeed": zero(3)},
     "zero3_init": {"deepspeed": zero(3), "_by_name": True},
     "zero3_init_lora": {"deepspeed": zero(3), "_by_name": True, "_lora": {}},
@@ -84,17 +88,16 @@ class PlainLogits(NCATrainer):
         return group_logps(logps, batch)
 
 
-def made(how, folder, by_name, offloaded, quantised=None):
+def made(folder, by_name, offloaded, quantised=None):
     if offloaded:
-        from accelerate import disk_offload
-
-        model = tiny("llama", **how)
-        return disk_offload(model, str(folder / "offload"), execution_device=torch.device("cpu"))
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "disk", "model.norm": "cpu"}
+        places |= {"model.rotary_emb": "cpu", "lm_head": "disk"}
+        return AutoModelForCausalLM.from_pretrained(folder / "model", device_map=places, offload_folder=folder / "offload")
     if quantised:
         return AutoModelForCausalLM.from_pretrained(folder / "model", quantization_config=BitsAndBytesConfig(**NF4))
     if by_name:
         return str(folder / "model") if by_name is True else AutoModelForCausalLM.from_pretrained(folder / by_name)
-    return tiny("llama", **how)
+    return tiny("llama")
 
 
 def run(mode, folder, processes, plain):
@@ -110,13 +113,13 @@ def run(mode, folder, processes, plain):
     elif sharded:
         options |= {"fsdp": True, "fsdp_config": {**FSDP, **options["fsdp_config"]}}
     options |= {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 4}
-    args = config(folder / ("plain" if plain else "run") / mode, **options)  # before any model: it turns zero.Init on
-    model = made({}, folder, how.get("_by_name"), how.get("_offloaded"), how.get("_nf4"))
+    model = made(folder, how.get("_by_name"), how.get("_offloaded"), how.get("_nf4"))
+    args = config(folder / ("plain" if plain else "run") / mode, **options)  # turns zero.Init on for the models after it
     ref_model = None
     if how.get("_ref_by_name"):
-        ref_model = made({}, folder, "reference", False)
+        ref_model = made(folder, "reference", False)
     elif how.get("_ref_offloaded"):
-        ref_model = made({}, folder, False, True)
+        ref_model = made(folder, False, True)
     peft_config = lora(**how["_lora"]) if "_lora" in how else None
     kind = PlainLogits if plain else NCATrainer
     trainer = kind(model, args, make_rows(12), peft_config=peft_config, ref_model=ref_model)

@@ -173,6 +173,15 @@ def test_an_adapter_that_transformers_injects_is_seen():
     assert use(_compat.has_injected_adapter, model)
 
 
+def test_the_device_of_accelerates_hooks():
+    from accelerate import cpu_offload
+
+    module = nn.Sequential(nn.Linear(1, 1))
+    assert use(_compat.execution_device, module[0]) is None
+    cpu_offload(module, torch.device("cpu"))
+    assert use(_compat.execution_device, module[0]) == torch.device("cpu")
+
+
 def _private_names(path):
     """What a file takes from another package under a name that starts with one underscore."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from ... import _compat
+
 
 def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The model on this rank's device, sharded by FSDP or ZeRO-3 where the run is, in the dtype that the run computes in."""
@@ -29,19 +31,37 @@ def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return model
 
 
+@contextmanager
+def checkpointed_once(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Inside it, accelerate prepares a model that it has sharded before without wrapping its layers in checkpoints once more.
+
+    It wraps them at every ``prepare``, and does not find them in a model that has them wrapped.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    wrapped = any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
+    if plugin is None or not (wrapped and plugin.activation_checkpointing):
+        yield
+        return
+    plugin.activation_checkpointing = False
+    try:
+        yield
+    finally:
+        plugin.activation_checkpointing = True
+
+
 def place_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> None:
     """Do what DeepSpeed does to a model when training starts: it has no autocast and casts the weights to ``bf16`` or ``fp16``."""
     dtype = _deepspeed_dtype(accelerator)
     if dtype != torch.float32:
         model.to(dtype)
-    if not _is_zero3(accelerator):
+    if not _is_split(model):
         to_device(model, accelerator.device)
 
 
 @contextmanager
 def zero3_for_forward(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Inside it, a policy runs whose weights ZeRO-3 splits among the ranks, before the engine that trains it is made."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED or not _is_zero3(accelerator):
+    """Inside it, a policy runs that ``zero.Init`` has split among the ranks, before the engine that trains it is made."""
+    if not _is_split(model) or accelerator.distributed_type != DistributedType.DEEPSPEED:
         yield
         return
     engine = _zero3_engine(model, accelerator)
@@ -53,6 +73,10 @@ def zero3_for_forward(model: nn.Module, accelerator: Accelerator) -> Iterator[No
 
 def _is_zero3(accelerator: Accelerator) -> bool:
     return accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def _is_split(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _deepspeed_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -79,7 +103,7 @@ def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate brings the weights to a device when they are used."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
+    return any(_compat.execution_device(module) is not None for module in model.modules())
 
 
 def default_device() -> str:

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput, TrainOutput
 
 from ... import group_loss
 from ..data.collator import Batch, GroupCollator, group_logps
@@ -24,7 +24,7 @@ from ..data.shared_prompt import check_layout, model_inputs
 from ..models.evaluating import evaluating
 from ..models.heads import model_logps
 from ..reference.frozen import reshard
-from ..reference.placement import place_for_deepspeed, to_device_or_shard, zero3_for_forward
+from ..reference.placement import checkpointed_once, place_for_deepspeed, to_device, to_device_or_shard, zero3_for_forward
 from ..reference.policy_reference import PolicyReference, ReferenceOptions
 from .clock import LossClock
 from .config import NCAConfig
@@ -153,6 +153,9 @@ class NCATrainer(ResumableTrainer):
         )
         self._setup_reference()
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        to_device(model, device)
+
     def _setup_reference(self) -> None:
         """Give all rows their reference log-probs, or keep the model that computes them; refuse beforehand what cannot run."""
         missing = any(missing_ref_logps(rows) is not None for rows in self._datasets())
@@ -218,6 +221,15 @@ class NCATrainer(ResumableTrainer):
         batch = self._prepare_inputs(batch)
         with evaluating(self.model), self.accelerator.autocast():
             return self._per_token(self.compute_logps(self.model, batch) - self._ref_logps(batch), batch)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike | bool | None = None,
+        trial: object = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        with checkpointed_once(self.model, self.accelerator):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
