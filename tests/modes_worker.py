@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from nca_kernels.integrations.data.collator import group_logps
 from nca_kernels.integrations.training.plots import PlotsCallback
+from nca_kernels.integrations.training.policy import policy_of
 from nca_kernels.integrations.training.trainer import NCATrainer
 
 # As smooth as SGD where gradients vanish, and with a state, which PyTorch's sharded checkpoints want.
@@ -54,6 +55,8 @@ MODES = {
     "lora": {"_lora": {}},
     "dora": {"_lora": DORA},
     "qlora": {"_lora": {}, "_nf4": True, "optim": "paged_adamw_32bit", "activation_checkpointing": True},
+    "offloaded": {"_lora": {}, "_offloaded": True},
+    "offloaded_model": {"_lora": {}, "_offloaded": True, "reference": "model"},
     "offloaded_ref_model": {"_ref_offloaded": True},
     "fsdp2": {"fsdp_config": {}},
     "fsdp2_checkpointed": {"fsdp_config": {"activation_checkpointing": True}},
@@ -122,12 +125,18 @@ def run(mode, folder, processes, plain):
         ref_model = made(folder, False, True)
     peft_config = lora(**how["_lora"]) if "_lora" in how else None
     kind = PlainLogits if plain else NCATrainer
+    if mode.startswith("offloaded") and peft_config:  # PEFT's own first weights depend on where the base lies
+        model, peft_config = policy_of(model, peft_config, 0), None
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_A" in name:
+                parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(i))
     trainer = kind(model, args, make_rows(12), peft_config=peft_config, ref_model=ref_model)
     trainer.remove_callback(PlotsCallback)
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else weights(trainer)
     logs = [log for log in trainer.state.log_history if "loss" in log]
     state = {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for name, t in (state or {}).items()}
+    state = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
     return {"logs": logs, "weights": {name.replace("._checkpoint_wrapped_module", ""): t for name, t in state.items()}}
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 WORKER = Path(__file__).with_name("modes_worker.py")
 # Modes of one process group, and whether it is started as one process.
 GROUPS = {
-    "one process": (1, ["lora", "dora", "offloaded_ref_model"]),
+    "one process": (1, ["lora", "dora", "offloaded", "offloaded_model", "offloaded_ref_model"]),
     "qlora": (1, ["qlora"]),
     "ddp": (2, ["ddp"]),
     "fsdp2": (2, [mode for mode in MODES if mode.startswith("fsdp2")]),
@@ -92,7 +92,7 @@ def test_same_numbers_as_one_process(group, folder):
         loss = max(abs(log["loss"] / other["loss"] - 1) for log, other in zip(logs, plain, strict=True))
         norm = max(abs(log["grad_norm"] / other["grad_norm"] - 1) for log, other in zip(logs, plain, strict=True))
         common = {name: tensor for name, tensor in wanted[mode]["weights"].items() if name in ours[mode]["weights"]}
-        assert common and (mode.startswith(("zero", "qlora")) or common.keys() == wanted[mode]["weights"].keys())
+        assert common and (mode.startswith(("zero", "qlora", "offloaded")) or common.keys() == wanted[mode]["weights"].keys())
         weight = worst_change(ours[mode]["weights"], common, begun)
         print(f"{mode:36} loss {loss:.1e}  gradient norm {norm:.1e}  weights {weight:.1e}")
         low = "bf16" in mode

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
@@ -37,8 +38,25 @@ def policy_of(
         raise ValueError("peft_config: model has an adapter already; wanted one or the other, or the adapter merged into the model")
     set_seed(seed)  # of the adapter's weights
     model = get_peft_model(model, peft_config)
+    _materialise(model)
     _refuse_frozen(model)
     return model
+
+
+def _materialise(model: PeftModel) -> None:
+    """Give an adapter on an offloaded base its weights: PEFT puts them where the base's are, which is nowhere until it runs."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or not any(p.is_meta and p.requires_grad for p in layer.parameters()):
+            continue
+        device = _compat.execution_device(layer.get_base_layer())
+        adapter = model.active_adapter
+        config = model.peft_config[adapter]
+        if device is None or config.use_dora:
+            raise ValueError(f"lora: {name} is offloaded, and this kind of adapter cannot be made on it; wanted plain LoRA")
+        for part in (layer.lora_A, layer.lora_B):
+            part[adapter].to_empty(device=device)
+        layer.reset_lora_parameters(adapter, config.init_lora_weights)
+        layer.set_adapter(layer.active_adapters)
 
 
 def _loaded(name: str, adapter: bool, keywords: dict[str, Any]) -> nn.Module:
