@@ -156,6 +156,17 @@ def test_rows_that_lie_between_each_other_do_not_overlap(kernels):
         assert torch.allclose(*gradients, atol=1e-7), name
 
 
+def test_rows_that_no_kernel_reads_are_not_refused():
+    """The vocabulary is not the innermost dimension: backend torch, which never overwrites."""
+    leaf = torch.randn(2, 10, 3, requires_grad=True)
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    gradients = []
+    for inplace in (False, True):
+        logps = nca_kernels.token_logps(leaf.mT, labels, inplace_backward=inplace, backend="torch")
+        gradients.append(torch.autograd.grad(logps.sum(), leaf)[0])
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("returned", ["logits", "view", "beside"])
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
 def test_a_compiled_function_may_return_its_logits(kernels, compiler, returned):

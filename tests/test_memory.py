@@ -47,6 +47,21 @@ def test_backward_allocates_one_gradient(problem):
     assert 0.9 * size < peak < size + SLACK
 
 
+def test_all_statistics_allocate_one_gradient(problem):
+    """Log-prob, log-sum-exp and entropy share one read, one write and one gradient."""
+    kernels, leaf, _ = problem
+    labels = torch.zeros(leaf.shape[:2], dtype=torch.int64, device=kernels.device)
+
+    def forward():
+        return nca_kernels.token_stats(leaf, labels, entropy_gradient=True, backend=kernels.name)
+
+    stats, peak = peak_extra(forward, kernels.device.type)
+    assert peak < SLACK
+    loss = stats.logps.sum() + stats.lse.sum() + stats.entropy.sum()
+    _, peak = peak_extra(lambda: torch.autograd.grad(loss, leaf), kernels.device.type)
+    assert peak < leaf.nbytes / MIB + SLACK
+
+
 def test_inplace_backward_allocates_none(problem):
     kernels, leaf, logps = problem
     logits = leaf * 1
