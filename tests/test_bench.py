@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import nca_kernels
 from bench import __main__ as command
-from bench import group, memory, plot, schema, step, tune
+from bench import group, memory, plot, schema, step, syncs, tune
 from bench.cases import Implementation, Unsupported
 from bench.measure import Budget, measure
 from bench.summary import lacking, summary
@@ -325,3 +326,17 @@ def test_sanitizers_are_judged_by_reports_on_our_kernels_and_by_pytests_own_line
     verdict = next(line for line in done.stdout.splitlines() if line.startswith("sanitize "))
     assert verdict.startswith("sanitize  ok" if fault is None else "sanitize  failed: exit code 4"), done.stdout
     assert (tmp_path / "out" / "gpu.tgz").exists()
+
+
+def test_waits_for_the_gpu_are_counted_by_the_line_that_waits(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call():
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    places = syncs.waits(call)
+    assert list(places.values()) == [2] and __file__ in next(iter(places))
+    assert modes == ["warn", "default"]
