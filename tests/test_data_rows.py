@@ -1,11 +1,13 @@
 """Rows that are right: the prompt once, nothing lost in silence, nothing added, labels where a loss wants labels."""
 
+import doctest
 import json
 
 import datasets
 import pytest
 from test_data import CHAT, assistant, jsonl, tokenizer, user, words
 
+from nca_kernels.integrations.data import load
 from nca_kernels.integrations.data.load import load_groups
 from nca_kernels.integrations.data.rows import RowOptions, prepare_rows
 from nca_kernels.integrations.data.tokenize import tokenize_groups
@@ -165,6 +167,16 @@ def test_a_response_with_a_bad_score_costs_itself_where_rows_are_skipped(tmp_pat
     with pytest.raises(ValueError, match=r"row 1, column scores\[1\]: got"):
         load_groups(path)
     assert load_groups(path, skip_bad_rows=True).rows[0]["scores"] == [1, 3]
+
+
+def test_numbers_that_no_float_holds_are_bad_rows():
+    for row in (
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 10**400},
+        {"prompt": "q", "responses": ["a"], "scores": [10**400]},
+        {"prompt": "q", "responses": ["a", "b"], "scores": [[], {}]},
+    ):
+        with pytest.raises(ValueError, match=r"row 1, column .*: got .*, wanted a finite number"):
+            load_groups([row])
 
 
 # KTO.
@@ -343,3 +355,8 @@ def test_the_date_in_a_template_is_that_of_the_day(tmp_path, monkeypatch):
     for year in (2031, 2032):
         Clock.year_now = year
         assert str(year) in "".join(words(tokenize_groups(groups, dated).rows[0]["prompt_ids"]))
+
+
+def test_the_docstring_example():
+    results = doctest.testmod(load)
+    assert results.failed == 0 and results.attempted == 1

@@ -92,7 +92,7 @@ def _responses_and_scores(layout: Layout, row: Row, scores_required: bool) -> tu
     if not responses:
         named = "responses" if "responses" in row else ", ".join(find(row, str(layout.responses))) or str(layout.responses)
         raise BadRow(named, "no responses")
-    if not scores_required and set(scores.values()) <= {None}:
+    if not scores_required and all(score is None for score in scores.values()):
         return responses, None
     if len(scores) != len(responses):
         raise BadRow(", ".join(as_paths(layout.scores)), f"got {len(scores)} scores for {len(responses)} responses")

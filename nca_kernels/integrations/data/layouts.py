@@ -357,12 +357,13 @@ def raw_scores(layout: Layout, row: Row, responses: Found) -> Found | None:
         if layout.reads == "rank":
             scores = {name: -rank if _is_number(rank) else rank for name, rank in scores.items()}
         return scores
+    value: Any
     ((name, value),) = find(row, str(layout.scores)).items() or {str(layout.scores): None}.items()
     if layout.reads == "label":
         return {name: _label(name, value)}
     if layout.reads == "strength":
-        if not _is_number(value):
-            raise BadRow(name, f"got {value!r}, wanted a number")
+        if not _is_number(value) or not abs(value) < 1e30:
+            raise BadRow(name, f"got {value!r}, wanted a finite number")
         return {f"{name} of {response}": sign * value / 2 for response, sign in zip(responses, (-1, 1), strict=True)}
     winner = _winner(name, value, layout.first, len(responses))
     return {f"{name} of {response}": float(i == winner) for i, response in enumerate(responses)}
@@ -380,7 +381,7 @@ def _label(name: str, value: object) -> float:
     return label
 
 
-def _winner(name: str, value: object, first: int, count: int) -> int | None:
+def _winner(name: str, value: Any, first: int, count: int) -> int | None:
     if isinstance(value, str) and value.lower() in _WINNERS:
         return _WINNERS[value.lower()]
     number = int(value) if isinstance(value, str) and value.isdecimal() else value

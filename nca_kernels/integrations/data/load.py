@@ -316,7 +316,7 @@ def _groups(name: str, rows: Dataset, skip_bad_rows: bool, *, one_unit: bool) ->
     if any(layout.single for layout in layouts):
         rows = _joined(rows)
     kind = rows[0]["kind"]
-    origins = rows.select_columns(["file", "row"])
+    origins = Dataset.from_dict({"file": [file or name for file in rows["file"]], "row": list(rows["row"])})
     optional = [column for column in OPTIONAL if any(value is not None for value in rows[column])]
     rows = rows.select_columns([f"{kind}_prompt", f"{kind}_responses", "scores", *optional])
     rows = rows.rename_columns({f"{kind}_{what}": what for what in ("prompt", "responses")})
