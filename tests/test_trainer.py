@@ -342,7 +342,7 @@ def test_plots(tmp_path):
         ({"save_budget": -1}, "save_budget: got -1"),
         ({"logits_dtype": "bfloat16"}, "logits_dtype: got 'bfloat16', wanted one of 'float32'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: got 'batch_rebalance'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: got True"),
         (
             {"accelerator_config": {"dispatch_batches": True}},

@@ -61,6 +61,9 @@ class NCAConfig(TrainingArguments):
         max_bad_losses: >= 1; so many micro-batches in a row with a NaN or infinite loss stop the run, at the next log. A model
             whose last loss or weights are not finite is never saved.
 
+    ``train_sampling_strategy="group_by_length"`` puts prompts of similar length into a batch, by their longest sequences; an epoch's
+    order depends on ``data_seed`` (or ``seed``) and the epoch alone.
+
     Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
     steps; ``remove_unused_columns`` false, since a batch is no keyword arguments of the model; ``logging_nan_inf_filter`` false,
     since it would hide a loss that is NaN, and costs a host sync at every step.
@@ -126,8 +129,7 @@ class NCAConfig(TrainingArguments):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: got {value!r}, wanted an int >= {low}")
-        # By length, Trainer would want rows of one text each.
-        checks.one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential"))
+        checks.one_of("train_sampling_strategy", self.train_sampling_strategy, ("random", "sequential", "group_by_length"))
         if self.label_smoothing_factor != 0:
             raise ValueError(f"label_smoothing_factor: got {self.label_smoothing_factor}, wanted 0: label_smoothing is the key")
         if self.remove_unused_columns:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, PredictionOutput, TrainOutput
 
@@ -26,6 +26,7 @@ from ..models.heads import model_logps
 from ..reference.frozen import reshard
 from ..reference.placement import checkpointed_once, place_for_deepspeed, to_device, to_device_or_shard, zero3_for_forward
 from ..reference.policy_reference import PolicyReference, ReferenceOptions
+from .by_length import LengthSampler
 from .clock import LossClock
 from .config import NCAConfig
 from .kto_baseline import KTOBaseline
@@ -230,6 +231,15 @@ class NCATrainer(ResumableTrainer):
     ) -> TrainOutput:
         with checkpointed_once(self.model, self.accelerator):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if rows is None or self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthSampler(longest_sequences(rows).tolist(), batch_size, seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
