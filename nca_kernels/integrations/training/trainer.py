@@ -232,7 +232,6 @@ class NCATrainer(ResumableTrainer):
         with checkpointed_once(self.model, self.accelerator):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if rows is None or self.args.train_sampling_strategy != "group_by_length":
