@@ -28,7 +28,7 @@ OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]  # Apple's clang 
 # One object per instruction set, chosen at run time, so that one wheel serves every machine of its architecture.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-ISA_FLAGS = {
+ISA_FLAGS: dict[str, dict[str, list[str]]] = {
     "x86_64": {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
     "aarch64": {"neon": []},
 }
@@ -121,7 +121,8 @@ class BuildKernels(build_ext):
     def cpu_kernels(self) -> list[str]:
         isas = known_isas()
         known = [f"-DNCA_HAS_{isa.upper()}" for isa in isas]
-        # No fused scale * logits - max: max was rounded, so a row's best column would come out above it.
+        # The code says itself what is fused. In backward's scale * logits - max the maximum was rounded: fused with the product,
+        # a row's best column would come out above it.
         strict = ["-ffp-contract=off", *OPENMP]
         objects = [
             self.cxx("cpu/token_logps.cpp", f"token_logps_{isa}", [f"-DNCA_ISA={isa}", *strict, *flags])
@@ -132,6 +133,7 @@ class BuildKernels(build_ext):
 
     def cuda_kernels(self) -> list[str]:
         nvcc = find_nvcc()
+        assert nvcc, "wanted_extensions() has found it"
         # A toolkit that does not know the newest chips has its last architecture's PTX serve them.
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         archs = [cc for cc in CUDA_ARCHS if f"compute_{cc}" in known]

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _load(path: Path) -> NativeBackend:
     # pybind11 keeps one module for each name.
     spec = importlib.util.spec_from_file_location(f"{path.absolute().parent}._cpu", path)
+    assert spec and spec.loader, path
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     backend = NativeBackend("cpu")
