@@ -53,8 +53,8 @@ def slice_of(rows: int, labels: Tensor, group: str) -> tuple[int, int]:
     Asked at every call: if one rank remembered the answer and another did not, that one would wait for ever.
     """
     mine = torch.stack((labels.new_tensor(rows), labels.new_tensor(labels.numel()), _checksum(labels)))
-    rank, everyone = all_gather(mine, group)
-    sizes, *seen = everyone.T.tolist()
+    rank, answers = all_gather(mine, group)
+    sizes, *seen = answers.T.tolist()
     if min(sizes) < 1:
         raise ValueError(f"weight: the ranks hold {sizes} rows of the head, wanted at least one each")
     # A head sharded by FSDP looks like a vocabulary-parallel one, but its ranks hold different tokens.

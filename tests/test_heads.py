@@ -109,7 +109,7 @@ def test_left_padding_shift_and_ignore_index():
     torch.testing.assert_close(ours, wanted.masked_fill(shifted == 7, 0), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_scored():
+def test_no_row_is_labelled():
     """No token to compare on this rank must not mean other forwards than on the other ranks."""
     model, (input_ids, attention_mask, labels) = tiny("gemma2"), batch()
     logps = model_logps(model, input_ids, attention_mask, torch.full_like(labels, -100))

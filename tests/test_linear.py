@@ -156,7 +156,7 @@ def test_save_budget_changes_no_number(kernels, monkeypatch, share):
 
 @pytest.mark.parametrize("captured", [(True, False), (False, True), (True, True)], ids=["forward", "backward", "both"])
 def test_kept_logits_and_cuda_graphs(kernels, monkeypatch, captured):
-    """A graph has all rows, a call outside of one the scored rows: the one must not take the other's logits for its own."""
+    """A graph has all rows, a call outside of one the labelled rows: the one must not take the other's logits for its own."""
     *tensors, labels = _problem(kernels)
     leaves = [t.to(kernels.device).requires_grad_() for t in tensors]
     labels = labels.to(kernels.device)
@@ -176,7 +176,7 @@ def test_kept_logits_and_cuda_graphs(kernels, monkeypatch, captured):
 
 
 @gradient_cases
-def test_nothing_scored(kernels, needs):
+def test_no_row_is_labelled(kernels, needs):
     hidden, weight, bias, labels = _problem(kernels)
     for empty in ((hidden, weight, bias, torch.full_like(labels, -100)), (hidden[:0], weight, bias, labels[:0])):
         logps, *gradients = _run(empty, needs, torch.float32, kernels.device, backend=kernels.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ class HeadLayer:
 
     def __init__(self, core: nn.Module) -> None:
         self.core = core
-        head = core.get_output_embeddings()
+        head: nn.Module | None = cast(Any, core).get_output_embeddings()
         self.kind = f"the head of {type(core).__name__}, a {type(head).__module__}.{type(head).__name__},"
         self.linears = {name: m for name, m in head.named_modules() if _is_plain(m)} if head is not None else {}
         if not self.linears:
@@ -42,7 +43,8 @@ class HeadLayer:
 
     def begin(self, compute: Compute) -> None:
         """What the next forward of the model computes in place of the head's output."""
-        self._compute, self._ran = compute, []
+        self._compute = compute
+        self._ran: list[str] = []
 
     def end(self) -> None:
         """Raises unless the forward since ``begin`` went through the head."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,7 +66,7 @@ def model_logps(
             or log-probs that differ from those of the model's own logits at first use. A scale or softcap that changes
             between calls is followed, at the price of three forwards more.
     """
-    options = {
+    options: dict[str, Any] = {
         "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
     }  # fmt: skip
     with logps_for_logits(model, labels, **options):
@@ -104,7 +104,7 @@ def logps_for_logits(
         with logps_for_logits(model, batch["labels"]):
             logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     """
-    options = {
+    options: dict[str, Any] = {
         "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
     }  # fmt: skip
     swap = _Swap(model, labels, options)
@@ -193,7 +193,7 @@ class _Swap:
         return bool(self.post_head.differs(probe_values(few).flatten(), few).any())
 
     def _repeated(self, call: Callable[[], object]) -> object:
-        """The forward once more, with the map that holds now (a scale of the configuration was changed, say)."""
+        """The forward once more, with the map that holds now: a scale of the configuration may have changed."""
         _FOUND.pop(self.core, None)
         if self.repeating:
             raise ValueError(
@@ -230,7 +230,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
         if isinstance(inner := getattr(model, name, None), nn.Module):
             return causal_lm(inner)
     if hasattr(model, "get_base_model"):
-        return model.get_base_model()
+        return cast(Any, model).get_base_model()
     if not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"model: got {type(model).__name__}, wanted a transformers causal LM")
     return model
