@@ -11,7 +11,7 @@ from oracle import assert_no_worse
 import nca_kernels
 from nca_kernels import reference
 from nca_kernels.backends import BACKENDS
-from nca_kernels.loss_table import LOSSES, PAIRS, REDUCTIONS
+from nca_kernels.loss_table import LOSSES, PAIRS, REDUCTIONS, Loss
 
 TOL = 1e-6
 SHARED = ("beta", "mask", "reduction", "nll_weight")  # what every loss takes
@@ -323,6 +323,21 @@ def test_the_optimum_of_a_free_policy(target, name):
 
 def test_the_reference_has_every_loss():
     assert set(reference.FUNCTIONS) == set(LOSSES)
+
+
+@pytest.mark.filterwarnings("ignore:nca_kernels. group_loss on cpu runs on plain PyTorch")
+def test_a_new_loss_runs_on_torch_by_a_line_and_a_function(monkeypatch, kernels):
+    def hinge(log_ratios, scores, mask, *, beta):
+        return (1 - beta * log_ratios).clamp(min=0).masked_fill(~mask, 0.0).sum(-1)
+
+    monkeypatch.setitem(LOSSES, "hinge", Loss(takes=(), has_kernels=False))
+    monkeypatch.setitem(reference.FUNCTIONS, "hinge", hinge)
+    logps = torch.zeros(2, 3, device=kernels.device, requires_grad=True)
+    loss = nca_kernels.group_loss("hinge", logps, logps.detach(), beta=2.0).loss
+    loss.backward()
+    assert loss == 3 and (logps.grad == -1).all()
+    with pytest.raises(RuntimeError, match=f"backend '{kernels.name}' cannot run group_loss: .*no kernel for the loss 'hinge'"):
+        nca_kernels.group_loss("hinge", logps, logps.detach(), backend=kernels.name)
 
 
 def test_the_extension_has_the_names_of_the_table(kernels):
