@@ -206,3 +206,15 @@ def test_a_gradient_of_the_lse_needs_no_fourth_row(kernels):
     for grad, rows in zip(grads, (4, 3), strict=True):
         BACKENDS[kernels.name].token_logps_bwd(dlogps, logits, labels, stats[:rows], grad, **options)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("offset", [-60.0, 0.0, 60.0])
+def test_the_maximum_is_a_rows_own(kernels, dtype, offset):
+    """Exactly, for it tells whether the label is the best column; the bits of negative numbers fall where the numbers grow."""
+    torch.manual_seed(12)
+    logits = (20 * torch.rand(2, 4, 2100) + offset - 30 * (offset < 0)).to(dtype).to(kernels.device)
+    stats, logps = torch.empty(3, 2, 4, device=kernels.device), torch.empty(2, 4, device=kernels.device)
+    options = {"ignore_index": -100, "scale": 1.0, "softcap": None, "vocab_start": 0, "vocab_total": 2100}
+    BACKENDS[kernels.name].token_logps_fwd(logits, logits.argmax(-1), logps, stats, **options)
+    assert torch.equal(stats[0], logits.float().amax(-1)) and torch.equal(stats[2], stats[0])
