@@ -103,7 +103,7 @@ def saved_under_hooks(node: object) -> bool:
 
     Without it, a backward under such hooks reads a gradient in the place of the logits: PyTorch compares no versions there.
     """
-    for name in _saved_outputs(type(node)):
+    for name in _saved_outputs(type(node)):  # type: ignore[arg-type]  # classes are hashable
         saved = getattr(node, name)
         # A PyTorch that does not tell may have hooks there.
         if any(getattr(s, "unpack_hook", True) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):

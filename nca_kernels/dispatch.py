@@ -71,7 +71,8 @@ def _choose(
                 why = ". ".join(f"{other}: {'; '.join(obstacles[other])}" for other in obstacles if other != "torch")
                 return _Choice(name, f"nca_kernels: {op} on {device} runs on plain PyTorch, slowly. {why}")
             return _Choice(name)
-    raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(obstacles[backend])}")
+    (reasons,) = obstacles.values()  # that of the named backend: without a name, torch runs what no other does
+    raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(reasons)}")
 
 
 def _level_of_the_user() -> int:

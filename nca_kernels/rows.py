@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
+from .backends import KERNELS
 
 
 class RowOptions(NamedTuple):
@@ -29,7 +29,7 @@ class RowOptions(NamedTuple):
         vocab_total: int | None = None,
     ) -> None:
         """Log-probs and statistics of the rows, whose columns start at ``vocab_start`` of a vocabulary of ``vocab_total``."""
-        BACKENDS[self.backend].token_logps_fwd(logits, labels, logps, stats, **self._arguments(logits, vocab_start, vocab_total))
+        KERNELS[self.backend].token_logps_fwd(logits, labels, logps, stats, **self._arguments(logits, vocab_start, vocab_total))
 
     def backward(
         self,
@@ -46,7 +46,7 @@ class RowOptions(NamedTuple):
     ) -> None:
         """The gradient of the logits from those of the rows' log-prob, log-sum-exp and entropy."""
         arguments = self._arguments(logits, vocab_start, vocab_total)
-        BACKENDS[self.backend].token_logps_bwd(dlogps, logits, labels, stats, dlogits, dlse=dlse, dentropy=dentropy, **arguments)
+        KERNELS[self.backend].token_logps_bwd(dlogps, logits, labels, stats, dlogits, dlse=dlse, dentropy=dentropy, **arguments)
 
     def transformation(self) -> dict[str, Any]:
         """The fields that say what is computed, as the functions of :mod:`nca_kernels.reference` take them."""

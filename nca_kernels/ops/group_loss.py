@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import BACKENDS
+from ..backends import KERNELS
 from ..loss_table import GroupLossArguments
 from .library import LIBRARY, define, differentiable, no_second_derivative, schema
 
@@ -20,7 +20,7 @@ def _group_loss(*values: Any) -> Results:
     loss, rewards, dlogps = _results(arguments)
     if dlogps.numel() == 0:  # nothing to launch; the mean over no prompt is 0, not 0 / 0
         return loss.zero_(), rewards, dlogps
-    BACKENDS[arguments.backend].group_loss_fwd(arguments, loss, rewards, dlogps)
+    KERNELS[arguments.backend].group_loss_fwd(arguments, loss, rewards, dlogps)
     return loss, rewards, dlogps
 
 

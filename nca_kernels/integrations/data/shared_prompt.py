@@ -7,14 +7,17 @@ prompt in each response, and the attention mask is a tree: a token sees the prom
 from __future__ import annotations
 
 import inspect
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
 
+from ..._compat import attention_implementation, is_stateful
 from ..models.evaluating import evaluating
 from ..models.heads import causal_lm, model_logps
-from .collator import IGNORE_INDEX, GroupCollator
+from .collator import IGNORE_INDEX, Batch, GroupCollator
 
 Mask = Tensor | BlockMask
 
@@ -22,20 +25,21 @@ _LAYERS = {"full_attention", "sliding_attention"}
 _ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
-def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, object]:
-    """What the model's forward takes of a batch of any layout; for shared prompts with the tree mask."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The arguments of the model's forward for a batch of any layout, with the tree mask if its prompts are shared."""
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     if "branches" in batch:
         inputs["attention_mask"] = _tree_masks(causal_lm(model), batch["branches"], batch["position_ids"])
     return inputs
 
 
-def _tree_masks(core: nn.Module, branches: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
+def _tree_masks(core: PreTrainedModel, branches: Tensor, positions: Tensor) -> Mask | dict[str, Mask]:
     """One mask, or one for each type of attention layer that the model has."""
     config = core.config.get_text_config()
     windows = _windows(config)
     masks = {
-        kind: tree_mask(branches, positions, window, config._attn_implementation, core.dtype) for kind, window in windows.items()
+        kind: tree_mask(branches, positions, window, attention_implementation(config), core.dtype)
+        for kind, window in windows.items()
     }
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -65,7 +69,7 @@ def tree_mask(
         return create_block_mask(sees, B, None, T, T, device=branches.device)
     token = torch.arange(T, device=branches.device)
     row = torch.arange(B, device=branches.device)[:, None, None, None]
-    mask = sees(row, None, token[:, None], token)
+    mask = sees(row, row, token[:, None], token)
     if implementation == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -77,7 +81,7 @@ def refuse_unless_tree(model: nn.Module) -> None:
     config = core.config.get_text_config()
     name = type(core).__name__
     kinds = set(getattr(config, "layer_types", None) or []) - _LAYERS
-    if getattr(core, "_is_stateful", False) or kinds:
+    if is_stateful(core) or kinds:
         raise ValueError(
             f"share_prompt: {name} carries a state from token to token, or attends by a scheme of its own"
             f"{''.join(f', {kind!r}' for kind in sorted(kinds))}: it would run from one response into the next. Wanted full or "
@@ -85,9 +89,10 @@ def refuse_unless_tree(model: nn.Module) -> None:
         )
     if "position_ids" not in inspect.signature(core.forward).parameters:
         raise ValueError(f"share_prompt: {name} takes no position_ids, so responses side by side would lie at wrong distances")
-    if config._attn_implementation not in _ATTENTION:
+    attention = attention_implementation(config)
+    if attention not in _ATTENTION:
         raise ValueError(
-            f"share_prompt: {name} runs attention {config._attn_implementation!r}, which takes no tree mask; wanted "
+            f"share_prompt: {name} runs attention {attention!r}, which takes no tree mask; wanted "
             f"attn_implementation one of {', '.join(_ATTENTION)}"
         )
 
@@ -109,10 +114,10 @@ def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, ba
     row = max(rows, key=lambda row: len(row["prompt_ids"]) + max(map(len, row["response_ids"])))
     separate = GroupCollator(collator.pad_token_id)
     with evaluating(model):
-        own = _scored_logps(model, separate([row]), backend)
-        first = _scored_logps(model, separate([{**row, "response_ids": row["response_ids"][:1]}]), backend)
+        own = _labelled_logps(model, separate([row]), backend)
+        first = _labelled_logps(model, separate([{**row, "response_ids": row["response_ids"][:1]}]), backend)
         try:
-            laid_out = _scored_logps(model, collator([row]), backend)
+            laid_out = _labelled_logps(model, collator([row]), backend)
         except Exception as error:
             raise ValueError(f"{collator.layout}: {name} fails in this layout, not in separate rows: {error!r}") from error
     # What the model's own rounding makes of another shape of batch says how close is close; more than 0.02 is no rounding.
@@ -130,10 +135,10 @@ def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, ba
         )
 
 
-def _scored_logps(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> Tensor:
-    """The log-probs of all scored tokens, in the same order in every layout."""
+def _labelled_logps(model: nn.Module, batch: Batch, backend: str | None) -> Tensor:
+    """The log-probs of all tokens with a label, in the same order in every layout."""
     device = causal_lm(model).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    inputs = model_inputs(model, batch)
-    logps = model_logps(model, **{"attention_mask": None, **inputs}, labels=batch["labels"], backend=backend)
-    return logps[:, :-1][batch["labels"][:, 1:] != IGNORE_INDEX]
+    tensors = {name: value.to(device) for name, value in cast(dict[str, Tensor], batch).items()}
+    inputs = {"attention_mask": None, **model_inputs(model, cast(Batch, tensors))}
+    logps = model_logps(model, **inputs, labels=tensors["labels"], backend=backend)
+    return logps[:, :-1][tensors["labels"][:, 1:] != IGNORE_INDEX]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,9 @@ from .post_head import (
     parameters_after_head,
     probe_values,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def model_logps(
@@ -222,7 +225,7 @@ class _Anchored(torch.autograd.Function):
         return dlogps, ctx.output
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, DeepSpeed, FSDP1 (``module``), ``torch.compile`` (``_orig_mod``) and PEFT."""
     if isinstance(model, nn.DataParallel):
         raise TypeError("model: got nn.DataParallel, which does not split the labels; wanted DistributedDataParallel")
@@ -233,7 +236,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
         return cast(Any, model).get_base_model()
     if not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"model: got {type(model).__name__}, wanted a transformers causal LM")
-    return model
+    return cast("PreTrainedModel", model)
 
 
 @contextmanager
