@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -404,51 +403,3 @@ def test_the_self_check_finds_a_wrong_value_a_wrong_gradient_and_a_crash(monkeyp
     assert cli.main(["doctor"]) == 1
     printed = capsys.readouterr()
     assert "failed  RuntimeError: no such instruction" in printed.out and "doctor: a backend failed" in printed.err
-
-
-# --- mistakes that only a run finds ------------------------------------------------------------------------------------
-
-
-def a_run(models, **values):
-    """The exit code of a run of two steps, and the last line that it printed to stderr."""
-    rows = [{"prompt": str(i), "responses": ["a", "bb"], "scores": [1, 0]} for i in range(8)]
-    write(*rows)
-    values = {"model": models[0], "max_steps": 2, "save_strategy": "no", "report_to": "none", **values}
-    return cli.main(["train", config(data="data.jsonl", output_dir="out", **values)])
-
-
-def test_weights_that_are_cut_off_are_named(models, tmp_path, capsys):
-    folder = tmp_path / "cut"
-    shutil.copytree(models[0], folder)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    assert a_run(models, model=str(folder)) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("nca-kernels train: model: a file of weights of") and "damaged or cut off" in last
-
-
-def test_a_tokenizer_larger_than_the_model_is_named_by_row(models, tmp_path, capsys):
-    folder = tmp_path / "larger"
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    tokenizer.add_tokens(["bb"])
-    tokenizer.save_pretrained(folder)
-    assert a_run(models, tokenizer=str(folder)) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "row 1, column response_ids: the token id 259, and the model has 259 embeddings" in last
-
-
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
-def test_a_logger_that_is_not_installed_is_named(models, capsys):
-    assert a_run(models, report_to="wandb") == 1
-    assert "wandb" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line(models, capsys, monkeypatch):
-    error = type("ConnectError", (Exception,), {"__module__": "httpx"})("Name or service not known")
-
-    def offline(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr("transformers.Trainer.init_hf_repo", offline)
-    assert a_run(models, push_to_hub=True, hub_model_id="a/b") == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "nca-kernels train: the network, or the hub: Name or service not known"
