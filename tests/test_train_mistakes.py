@@ -31,14 +31,14 @@ def model(tmp_path_factory):
     return folder
 
 
-def a_run(model, **values):
+def a_run(base, **values):
     """The exit code of a run of two steps."""
     rows = [{"prompt": str(i), "responses": ["a", "bb"], "scores": [1, 0]} for i in range(8)]
     with open("data.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     keys = {"data": "data.jsonl", "output_dir": "out", "use_cpu": True, "max_steps": 2, "save_strategy": "no", "report_to": "none"}
     with open("run.yaml", "w") as file:
-        yaml.safe_dump({"model": model, **keys, **values}, file)
+        yaml.safe_dump({"model": base, **keys, **values}, file)
     return cli.main(["train", "run.yaml"])
 
 
