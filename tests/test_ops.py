@@ -38,10 +38,11 @@ def test_opcheck_token_logps(kernels):
 
 def test_opcheck_group_loss(kernels):
     logps, ref_logps, scores = _group_arguments(kernels)
-    for reduction in ("mean", "none"):
+    lengths = torch.full_like(scores, 3.0)
+    for name, reduction in (("nca", "mean"), ("plackett_luce", "none")):
         torch.library.opcheck(
             OPS.group_loss,
-            (logps, ref_logps, scores, None, None, None, None, "nca", 0.1, 1.0, "all", 0.0, 0.0, reduction, kernels.name),
+            (logps, ref_logps, scores, None, lengths, None, None, name, 0.1, 1.0, "all", 0.0, 0.2, reduction, kernels.name),
         )
 
 
