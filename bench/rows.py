@@ -13,8 +13,10 @@ import importlib.util
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,21 +67,25 @@ def _measure(logits: Tensor, backends: list[NativeBackend], rounds: int) -> Iter
     labels = torch.randint(logits.shape[-1], logits.shape[:2])
     logps, upstream = torch.empty(labels.shape), torch.randn(3, *labels.shape)
     buffers = [logits.clone() for _ in range(len(backends) + 1)]
-    options = {**OPTIONS, "vocab_total": logits.shape[-1]}
+    options: dict[str, Any] = {**OPTIONS, "vocab_total": logits.shape[-1]}
     reader = ceilings.read("logits", logits).build()
 
     def forward(stat_rows: int) -> list[Callable[[Tensor], None]]:
         stats = torch.empty(stat_rows, *labels.shape)
-        return [lambda x, b=b: b.token_logps_fwd(x, labels, logps, stats, **options) for b in backends]
 
-    def backward(target: Tensor | None, **grads: Tensor) -> list[Callable[[Tensor], None]]:
+        def call(backend: NativeBackend, x: Tensor) -> None:
+            backend.token_logps_fwd(x, labels, logps, stats, **options)
+
+        return [partial(call, backend) for backend in backends]
+
+    def backward(target: Tensor | None, **grads: Any) -> list[Callable[[Tensor], None]]:
         stats = torch.empty(4, *labels.shape)
         backends[0].token_logps_fwd(logits, labels, logps, stats, **options)
 
-        def call(x: Tensor, backend: NativeBackend) -> None:
+        def call(backend: NativeBackend, x: Tensor) -> None:
             backend.token_logps_bwd(upstream[0], x, labels, stats, x if target is None else target, **grads, **options)
 
-        return [lambda x, b=b: call(x, b) for b in backends]
+        return [partial(call, backend) for backend in backends]
 
     passes = {
         "forward": forward(3),

@@ -135,7 +135,7 @@ def _problems() -> Iterator[Problem]:
 
         def loss(name: str = name, **tensors: Any) -> Tensor:
             lengths = tensors.pop("lengths")
-            given = {"alpha": 0.5, "baseline": 0.5, "label_smoothing": 0.1}
+            given: dict[str, Any] = {"alpha": 0.5, "baseline": 0.5, "label_smoothing": 0.1}
             own = {argument: given[argument] for argument in LOSSES[name].takes if argument in given}
             return group_loss(name, **tensors, **own, lengths=lengths, nll_weight=0.1, reduction="none").loss
 

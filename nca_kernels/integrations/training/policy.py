@@ -46,11 +46,11 @@ def policy_of(
 def _materialise(model: PeftModel) -> None:
     """Give an adapter on an offloaded base its weights: PEFT puts them where the base's are, which is nowhere until it runs."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or not any(p.is_meta and p.requires_grad for p in layer.parameters()):
+        if not any(p.is_meta and p.requires_grad for p in layer.parameters()) or not isinstance(layer, LoraLayer):
             continue
         device = _compat.execution_device(layer.get_base_layer())
         adapter = model.active_adapter
-        config = model.peft_config[adapter]
+        config: Any = model.peft_config[adapter]
         if device is None or config.use_dora:
             raise ValueError(f"lora: {name} is offloaded, and this kind of adapter cannot be made on it; wanted plain LoRA")
         for part in (layer.lora_A, layer.lora_B):
