@@ -407,7 +407,7 @@ def test_errors_of_other_arguments(tmp_path):
         NCATrainer("no/such/folder", args, [ROW])
     with pytest.raises(ValueError, match="peft_config: model has an adapter already"):
         NCATrainer(get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM")), args, [ROW], peft_config=LoraConfig())
-    with pytest.raises(ValueError, match="train_dataset: dataset: row 1, column scores: got 1 scores"):
+    with pytest.raises(ValueError, match="train_dataset: row 1, column scores: got 1 scores for 2 responses"):
         bad = [{"prompt": "a", "responses": ["b", "c"], "scores": [1.0]}]
         NCATrainer(tiny("llama"), args, bad, processing_class=tokenizer())
     with pytest.raises(ValueError, match="train_dataset: got 1 row, wanted at least 2: kto"):
