@@ -185,7 +185,7 @@ def _typed(key: str, given: _Given, hint: Any) -> object:
         readings.append("no")  # which YAML 1.1 reads as false, too
     for reading in readings:
         try:
-            validate_typed_dict(TypedDict("Wanted", {key: hint}), {key: reading})
+            validate_typed_dict(TypedDict("Wanted", {key: hint}), {key: reading})  # type: ignore[operator]  # a type made at run time
         except StrictDataclassFieldValidationError:
             continue
         return os.path.expanduser(reading) if key in PATHS and isinstance(reading, str) else reading

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,8 +76,9 @@ def weights_digest(model: nn.Module, *, base: bool) -> str:
         # PEFT puts the layers that it changes one level down.
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    configs = [core.config]
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # a buffer, which its type hides
+        digest.update(content)
+    configs: list[Any] = [core.config]
     if isinstance(model, PeftModel) and not base:
         configs += [model.peft_config[name] for name in model.active_adapters]
     for config in configs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ class LossClock:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._spans: list[tuple[object, object]] = []
-        self._begun: object = None
+        self._spans: list[tuple[Any, Any]] = []  # of CUDA events, or of seconds
+        self._begun: Any = None
 
     def seconds(self) -> float:
         """Since last asked. On a GPU everything must have been synchronized: as it is where a loss has been read."""

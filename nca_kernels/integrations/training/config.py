@@ -19,7 +19,7 @@ REFERENCES = ("precompute", "model")
 LOGITS_DTYPES = {"float32": torch.float32}
 
 
-def _option(default: object, about: str):
+def _option(default: Any, about: str) -> Any:
     return field(default=default, metadata={"help": about})
 
 

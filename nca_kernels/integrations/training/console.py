@@ -39,7 +39,7 @@ class ConsoleCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs: Mapping[str, Any] = kwargs["logs"]
-        with (Path(args.output_dir) / LOG).open("a", encoding="utf-8") as file:
+        with (Path(str(args.output_dir)) / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         line = log_line(logs, state.global_step, state.max_steps, self._seconds_left(state))
         if line:

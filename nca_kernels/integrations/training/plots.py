@@ -33,7 +33,7 @@ class PlotsCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / "plots")
+            draw_curves(state.log_history, Path(str(args.output_dir)) / "plots")
 
 
 def draw_curves(log_history: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:

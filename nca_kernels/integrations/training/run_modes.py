@@ -48,7 +48,9 @@ def keep_4bit_gradients(model: nn.Module) -> None:
     A layer packs its weights at its first forward without gradients, as of the reference pass or an evaluation. Seen with
     bitsandbytes 0.50: a gradient norm of 1.35 after it where 2.27 is right.
     """
-    packing = [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False) and m.weight.device.type == "cpu"]
+    packing: list[Any] = [
+        m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False) and m.weight.device.type == "cpu"
+    ]
     for module in packing:
         module.support_avx512bf16_for_cpu = False
     if packing:

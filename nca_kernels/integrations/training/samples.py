@@ -58,7 +58,7 @@ class SamplesCallback(TrainerCallback):
         keys = [(row, 0) for row in range(len(self._prompts))]
         with evaluating(model):
             responses = sample_responses(model, self._tokenizer, self._prompts, keys, Sampling(max_new_tokens=_TOKENS), ends)
-        with (Path(args.output_dir) / SAMPLES).open("a", encoding="utf-8") as file:
+        with (Path(str(args.output_dir)) / SAMPLES).open("a", encoding="utf-8") as file:
             for ids, response in zip(self._prompts, responses, strict=True):
                 line = {"step": state.global_step, "prompt": self._tokenizer.decode(ids), **response._asdict()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

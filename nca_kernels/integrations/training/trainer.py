@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from datasets import Dataset
@@ -39,7 +40,7 @@ from .run_modes import keep_4bit_gradients, refuse_split_sequences, refuse_tenso
 from .run_record import run_fingerprint, run_settings
 from .samples import samples_callback
 
-Rows = Dataset | list[dict]
+Rows: TypeAlias = "Dataset | list[dict]"
 
 
 class NCATrainer(ResumableTrainer):
@@ -113,7 +114,7 @@ class NCATrainer(ResumableTrainer):
             eval_dataset = map_datasets(
                 "eval_dataset",
                 eval_dataset,
-                lambda *rows: prepare_rows(*rows, processing_class, args.row_options(), vocabulary, training=False),
+                lambda name, rows: prepare_rows(name, rows, processing_class, args.row_options(), vocabulary, training=False),
             )
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
         self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
@@ -148,7 +149,7 @@ class NCATrainer(ResumableTrainer):
             ref_model,
             self.model,
             self.compute_logps,
-            lambda rows: self._prepare_inputs(self._collator(rows)),
+            lambda rows: cast(Batch, self._prepare_inputs(self._collator(rows))),
             self.accelerator,
             ReferenceOptions(**{name: getattr(args, name) for name in ReferenceOptions._fields}),
         )
@@ -381,7 +382,8 @@ class _EvaluationBatches:
     """The batches of a dataloader, each passed through ``change`` when it is read."""
 
     def __init__(self, dataloader: DataLoader | _EvaluationBatches, change: Callable[[Batch], Batch]):
-        self.dataset, self._dataloader, self._change = dataloader.dataset, dataloader, change
+        self.dataset: Any = dataloader.dataset
+        self._dataloader, self._change = dataloader, change
 
     def __len__(self) -> int:
         return len(self._dataloader)
