@@ -58,6 +58,7 @@ def _arguments(M, target, requires_grad=True):
     return logits, torch.randint(V, (M,), device=target.device), bounds
 
 
+@pytest.mark.long  # twelve compilations for each backend and function: a quarter of the time of all other tests
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_two_graphs_for_a_dozen_lengths(target, function):
     """One for the first length and one for all others."""
