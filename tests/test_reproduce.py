@@ -62,13 +62,11 @@ def test_noise_changes_the_scores_alone(name, exact_world):
     assert any(not torch.equal(a, b) for a, b in shared)
 
 
-@pytest.mark.parametrize(
-    "annotator, size", [(annotators.normal_02, 0.2), (annotators.normal_04, 0.4), (annotators.normal_08, 0.8)], ids=str
-)
+@pytest.mark.parametrize("annotator, size", [("normal_02", 0.2), ("normal_04", 0.4), ("normal_08", 0.8)])
 def test_normal_noise_has_its_deviation(annotator, size):
     rewards = torch.rand(4000, 4)
     responses = torch.arange(4)[None, :, None].expand(4000, 4, 2)
-    noise = annotator(rewards, responses, torch.Generator().manual_seed(0)) - rewards
+    noise = getattr(annotators, annotator)(rewards, responses, torch.Generator().manual_seed(0)) - rewards
     assert noise.std().item() == pytest.approx(size, rel=0.03) and abs(noise.mean().item()) < 0.05 * size
 
 
