@@ -275,9 +275,9 @@ def _fwd_launch(V: int, itemsize: int, softcap: float | None, has_moment: bool) 
     an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
     the end of another.
     """
-    # With the moment, four words take more than 64 registers (on sm_100 they spill). Two take 40 to 56, and 1024 threads to a
-    # multiprocessor with two loads in flight each are 32 KiB, still more than the latency asks for.
-    words = 2 if has_moment else 4
+    # With the moment or a softcap, four words take 64 registers and more, and spill on some GPUs (sm_100, sm_120). Two take 40
+    # to 56, and 1024 threads to a multiprocessor with two loads in flight each are 32 KiB, still more than the latency asks for.
+    words = 2 if has_moment or softcap is not None else 4
     launch = _launch(V, itemsize, words_per_thread=words, trips=16 // words, most_warps=16)
     # Told that it may have 64 registers, ptxas puts all four loads first; left alone, it takes 32 to 51 (Triton 3.6) and
     # starts two or three of them, the others between the arithmetic. With a softcap 64 are too few for sm_100.
