@@ -10,7 +10,7 @@ from oracle import assert_no_worse, plain_token_logps
 from torch import nn
 
 from nca_kernels.integrations.models import heads, post_head
-from nca_kernels.integrations.models.heads import logps_for_logits, model_logps
+from nca_kernels.integrations.models.heads import logps_for_logits, model_logps, model_token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -49,6 +49,37 @@ def assert_same(model, inputs):
         # The float32 layers below magnify the head's rounding, in a gradient that should be zero most of all.
         size = grad.abs().max().clamp(min=1e-3)
         assert_no_worse(ours_grads[name] / size, grad / size, peer_grads[name] / size, 3e-6, name)
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("llama", False), ("gemma2", False), ("granite", False), ("gemma2", True)])
+def test_token_stats(name, compiled):
+    """Also through a softcap and a scale, with one label of two the most probable token."""
+    model, (input_ids, attention_mask, labels) = tiny(name), batch()
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.detach().double()
+    likely = F.pad(logits.argmax(-1)[:, :-1], (1, 0))
+    labels = torch.where((labels != -100) & (torch.arange(labels.shape[1]) % 2 == 0), likely, labels)
+    inputs = input_ids, attention_mask, labels
+    following = F.pad(labels[:, 1:], (0, 1), value=-100)
+    ignored = following == -100
+    upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(2))
+    called = torch.compile(model, backend="eager") if compiled else model
+    for _ in range(2):
+        stats = model_token_stats(called, *inputs)
+        logps = logits.log_softmax(-1)
+        for ours, wanted in (
+            (stats.logps, plain_token_logps(logits, following)),
+            (stats.entropy, -(logps * logps.exp()).sum(-1).masked_fill(ignored, 0.0)),
+            (stats.lse, logits.logsumexp(-1).masked_fill(ignored, 0.0)),
+        ):
+            torch.testing.assert_close(ours.detach().double(), wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(stats.top1, (logits.argmax(-1) == following) & ~ignored) and stats.top1.any()
+        assert not stats.entropy.requires_grad and not stats.lse.requires_grad
+    ours, ours_grads = values_and_grads(lambda *a: model_token_stats(*a).logps, called, inputs, upstream)
+    wanted, grads = values_and_grads(model_logps, called, inputs, upstream)
+    torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
+    assert ours_grads.keys() == grads.keys() and grads
+    for key, grad in grads.items():
+        assert (ours_grads[key] - grad).abs().max() <= 1e-6 * grad.abs().max(), key
 
 
 def assert_restored(model):

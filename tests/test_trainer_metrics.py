@@ -1,5 +1,6 @@
 """What the trainer says of a run: its metrics against loops by hand, its times on a clock set by hand."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from architectures import tiny
 from torch import nn
-from training import config, logged, make_rows
+from training import assert_same_weights, config, logged, make_rows, trained, weights
 from transformers import TrainerCallback
 
 from nca_kernels.integrations.training import clock, trainer
 from nca_kernels.integrations.training.clock import LossClock
-from nca_kernels.integrations.training.metrics import GroupMetrics
+from nca_kernels.integrations.training.metrics import GroupMetrics, TokenSums
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -28,6 +29,8 @@ def random_batch(counts, K, seed):
     rewards, logps, ref_logps = (torch.randn(len(counts), K, generator=generator) for _ in range(3))
     scores = torch.randint(3, (len(counts), K), generator=generator).float()  # with ties
     loss = torch.randn((), generator=generator)
+    lengths = torch.randint(1, 9, (len(counts), K), generator=generator).float()
+    top1 = (lengths * torch.rand(len(counts), K, generator=generator)).floor()
     return {
         "loss": loss,
         "rewards": rewards.masked_fill(~mask, 0.0),
@@ -36,16 +39,17 @@ def random_batch(counts, K, seed):
         "scores": scores.masked_fill(~mask, 9.0),  # what is masked does not matter
         "mask": mask,
         "tokens": torch.tensor(7 * len(counts)),
+        "token_sums": TokenSums(lengths, lengths * 0.3 + top1, top1),
     }
 
 
 def by_hand(batches):
     seen = {"loss": [sum(batch["loss"].item() for batch in batches), 0]}
 
-    def add(name, value):
+    def add(name, value, count=1):
         total = seen.setdefault(name, [0.0, 0])
         total[0] += value
-        total[1] += 1
+        total[1] += count
 
     for batch in batches:
         for b in range(len(batch["mask"])):
@@ -59,6 +63,9 @@ def by_hand(batches):
                 add(f"rewards/rank_{rank}", rewards[i])
                 add("kl", ref[i] - logps[i])
             add("logps/best", logps[order[0]])
+            lengths, entropy, top1 = (float(sums[b, order[0]]) for sums in batch["token_sums"])
+            add("entropy/best", entropy, lengths)
+            add("token_accuracy/best", top1, lengths)
             add("logps/worst", logps[order[-1]])
             add("logps/best_change", logps[order[0]] - ref[order[0]])
             if scores[order[0]] > scores[order[-1]]:
@@ -173,3 +180,69 @@ def test_logs_of_others(tmp_path):
     assert logged(run, "loss") == [1.0] and not logged(run, "tokens_per_second")
     run.train()
     assert len(logged(run, "tokens_per_second")) == 1
+
+
+@torch.no_grad()
+def with_likely_tokens(rows, model):
+    """Every other token of the best responses is the model's most probable one, so that no accuracy is near 0 or 1."""
+    for row in rows:
+        best = row["response_ids"][row["scores"].index(max(row["scores"]))]
+        for i in range(0, len(best), 2):
+            best[i] = int(model(input_ids=torch.tensor([row["prompt_ids"] + best[:i]]), use_cache=False).logits[0, -1].argmax())
+    return rows
+
+
+@torch.no_grad()
+def plain_token_metrics(rows, model):
+    """Entropy and accuracy of the tokens of the best responses, one prompt at a time, from the model's logits in float64."""
+    entropy, right = [], []
+    model = copy.deepcopy(model).double().eval()
+    for row in rows:
+        response = row["response_ids"][row["scores"].index(max(row["scores"]))]
+        ids = torch.tensor([row["prompt_ids"] + response])
+        logps = model(input_ids=ids, use_cache=False).logits[0, len(row["prompt_ids"]) - 1 : -1].double().log_softmax(-1)
+        entropy.append(-(logps * logps.exp()).sum(-1))
+        right.append(logps.argmax(-1) == torch.tensor(response))
+    return torch.cat(entropy).mean().item(), torch.cat(right).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("nca", {}),
+        ("info_nca", {"share_prompt": True}),
+        ("dpo", {"average": True, "nll_weight": 0.5}),
+        ("kto", {"reference": "model"}),
+    ],
+)
+def test_token_metrics(loss, options, tmp_path):
+    """Of a step with two micro-batches of different size, and of an evaluation; they change no loss and no weight."""
+    model = tiny("llama")
+    rows, held_out = (with_likely_tokens(make_rows(n, seed=n), model) for n in (7, 5))
+    options = {"loss": loss, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2, **options}
+    without = trained(tmp_path, rows, copy.deepcopy(model), held_out, **options)
+    run = trained(tmp_path, rows, copy.deepcopy(model), held_out, token_metrics=True, **options)
+
+    entropy, accuracy = plain_token_metrics(rows, model)
+    assert 0.2 < accuracy < 0.9
+    assert logged(run, "entropy/best") == pytest.approx([entropy], rel=1e-6)
+    assert logged(run, "token_accuracy/best") == pytest.approx([accuracy])
+    evaluated = run.evaluate()
+    entropy, accuracy = plain_token_metrics(held_out, run.model)
+    assert evaluated["eval_entropy/best"] == pytest.approx(entropy, rel=1e-6)
+    assert evaluated["eval_token_accuracy/best"] == pytest.approx(accuracy)
+
+    assert logged(run, "loss") == pytest.approx(logged(without, "loss"), rel=1e-6)
+    assert_same_weights(weights(run), weights(without), model.state_dict(), rtol=1e-6)
+    names = {*without.evaluate(), *(name for log in without.state.log_history for name in log)}
+    assert "loss" in names and not [name for name in names if "entropy" in name or "token_accuracy" in name]
+
+
+def test_token_metrics_with_log_probs_of_ones_own_are_refused(tmp_path):
+    class Own(trainer.NCATrainer):
+        def compute_logps(self, model, batch):
+            return super().compute_logps(model, batch)
+
+    Own(tiny("llama"), config(tmp_path), make_rows(4))
+    with pytest.raises(ValueError, match="token_metrics: got True, wanted False: Own computes log-probs in its own way"):
+        Own(tiny("llama"), config(tmp_path, token_metrics=True), make_rows(4))

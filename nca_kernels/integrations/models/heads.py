@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ... import linear_token_logps
+from ... import TokenStats, linear_token_logps, linear_token_stats
 from ..._compat import is_compiled
 from .head_layer import HeadLayer
 from .post_head import (
@@ -73,7 +73,44 @@ def model_logps(
         "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
     }  # fmt: skip
     with logps_for_logits(model, labels, **options):
-        return model(input_ids=input_ids, attention_mask=attention_mask, **{"use_cache": False, **inputs}).logits
+        return _output_logits(model, input_ids, attention_mask, inputs)
+
+
+def model_token_stats(
+    model: nn.Module,
+    input_ids: Tensor,  # [N, T]
+    attention_mask: Tensor | None,  # [N, T]
+    labels: Tensor,  # [N, T]
+    *,
+    shift: int = 1,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    save_budget: int = 0,
+    backend: str | None = None,
+    **inputs: Any,
+) -> TokenStats:
+    r"""The log-prob, entropy, log-sum-exp and top-1 hit of each label under the model, without its ``[N, T, V]`` logits.
+
+    Arguments and errors are those of :func:`model_logps`, and so is the number of GEMMs.
+
+    Returns:
+        ``TokenStats(logps, entropy, lse, top1)`` as :func:`nca_kernels.linear_token_stats` has it, each ``[N, T]``. ``logps``
+        are those of :func:`model_logps`, with their gradients; the others are detached.
+
+    Source: ``docs/math.md``, section 2.
+    """
+    options: dict[str, Any] = {
+        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
+    }  # fmt: skip
+    with _replaced_head(model, labels, options, with_stats=True) as swap:
+        logps = _output_logits(model, input_ids, attention_mask, inputs)
+    # The model's output may be on another device than its head.
+    entropy, lse, top1 = (values.detach().to(logps.device) for values in swap.stats[1:])
+    return TokenStats(logps, entropy, lse, top1)
+
+
+def _output_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+    return model(input_ids=input_ids, attention_mask=attention_mask, **{"use_cache": False, **inputs}).logits
 
 
 class _Found(NamedTuple):
@@ -110,7 +147,13 @@ def logps_for_logits(
     options: dict[str, Any] = {
         "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
     }  # fmt: skip
-    swap = _Swap(model, labels, options)
+    with _replaced_head(model, labels, options, with_stats=False):
+        yield
+
+
+@contextmanager
+def _replaced_head(model: nn.Module, labels: Tensor, options: dict[str, Any], with_stats: bool) -> Iterator[_Swap]:
+    swap = _Swap(model, labels, options, with_stats)
     before, after = swap.before, swap.after
     if is_compiled(model):  # model.compile() traces a module's hooks, too
         before, after = torch.compiler.disable(before), torch.compiler.disable(after)
@@ -118,16 +161,21 @@ def logps_for_logits(
         # First of all hooks: the forwards that find the map may not run inside one that FSDP has begun.
         hooks.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
-        yield
+        yield swap
 
 
 class _Swap:
-    """Log-probs of ``labels`` in place of the logits, for the forwards of a model while its head is replaced."""
+    """Log-probs of ``labels`` in place of the logits, for the forwards of a model while its head is replaced.
 
-    def __init__(self, model: nn.Module, labels: Tensor, options: dict[str, Any]) -> None:
+    ``with_stats``: after a forward ``stats`` holds all statistics, with the log-probs as the head gave them.
+    """
+
+    stats: TokenStats
+
+    def __init__(self, model: nn.Module, labels: Tensor, options: dict[str, Any], with_stats: bool) -> None:
         self.core = causal_lm(model)
         self.head = HeadLayer(self.core)
-        self.labels, self.options = labels, options
+        self.labels, self.options, self.with_stats = labels, options, with_stats
         self.finding = self.repeating = False
 
     def compute(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
@@ -138,15 +186,13 @@ class _Swap:
                 f"labels: got shape {list(labels.shape)}, wanted {list(hidden.shape[:-1])}, one for each hidden state that "
                 f"reaches {self.head.kind} (no logits_to_keep, no virtual tokens before the prompt)"
             )
-        self.logps = linear_token_logps(
-            hidden,
-            linear.weight,
-            labels.to(hidden.device),
-            bias=linear.bias,
-            scale=self.post_head.scale,
-            softcap=self.post_head.softcap,
-            **self.options,
-        )
+        rows = hidden, linear.weight, labels.to(hidden.device)
+        options = {"bias": linear.bias, "scale": self.post_head.scale, "softcap": self.post_head.softcap, **self.options}
+        if self.with_stats:
+            self.stats = linear_token_stats(*rows, **options)
+            self.logps = self.stats.logps
+        else:
+            self.logps = linear_token_logps(*rows, **options)
         return Probe.apply(self.logps)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:

@@ -57,6 +57,9 @@ class NCAConfig(TrainingArguments):
         logits_dtype: ``"float32"``: logits of a 16-bit head are kept in float32, so that a log-prob is right to 1e-5
             (:func:`nca_kernels.linear_token_logps`); ``None``: in the dtype of the head's input.
         save_budget: bytes of logits tiles that a trained head keeps (:func:`nca_kernels.linear_token_logps`).
+        token_metrics: add the metrics ``entropy/best`` and ``token_accuracy/best``, of the tokens of the best-scored responses
+            (:class:`~nca_kernels.integrations.training.metrics.GroupMetrics`). They are read off the logits that the loss needs
+            anyway, which then cost one more sum over the vocabulary; the loss and its gradients stay the same.
         sample_prompts: how many held-out prompts get a sampled response at every evaluation, in ``<output_dir>/samples.jsonl``.
         max_bad_losses: >= 1; so many micro-batches in a row with a NaN or infinite loss stop the run, at the next log. A model
             whose last loss or weights are not finite is never saved.
@@ -98,6 +101,7 @@ class NCAConfig(TrainingArguments):
     logits_dtype: str | None = _option(None, "float32: keep the logits of a 16-bit head in float32; None: in its own dtype")
     save_budget: int = _option(0, "bytes of logits tiles that a trained head keeps")
     max_bad_losses: int = _option(3, "NaN or infinite losses in a row that stop the run, >= 1")
+    token_metrics: bool = _option(False, "add entropy and token accuracy of the best responses to the metrics")
     sample_prompts: int = _option(0, "held-out prompts that are sampled at every evaluation")
     learning_rate: float = _option(5e-6, "initial learning rate")
     logging_steps: float = _option(10, "steps between logs; a share of all steps if below 1")
@@ -111,6 +115,7 @@ class NCAConfig(TrainingArguments):
         checks.one_of("pairs", self.pairs, PAIRS)
         check_terms(self.loss, self.label_smoothing, self.nll_weight)
         checks.one_of("reference", self.reference, REFERENCES)
+        checks.flag("token_metrics", self.token_metrics)
         if self.logits_dtype is not None:
             checks.one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         for name, low in (

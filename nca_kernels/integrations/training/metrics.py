@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -9,8 +11,17 @@ from torch import Tensor
 
 from ...scores import score_pairs
 
+_OF_TOKENS = ("entropy/best", "token_accuracy/best")
 # Each the quotient of a sum and a count.
-_SCALARS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best", "logps/worst", "logps/best_change", "kl")
+_SCALARS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best", "logps/worst", "logps/best_change", "kl", *_OF_TOKENS)
+
+
+class TokenSums(NamedTuple):
+    """Sums over the labelled tokens of each response, all ``[B, K]``; what ``mask`` leaves out does not count."""
+
+    lengths: Tensor  # the number of tokens
+    entropy: Tensor  # nats
+    top1: Tensor  # the number of labels that are their row's maximum
 
 
 class GroupMetrics:
@@ -25,6 +36,8 @@ class GroupMetrics:
       change since the start where the reference is the model that training starts from.
     - ``kl``: ``- mean(logp - ref_logp)`` over all responses. It estimates KL(reference || policy), without bias, where the
       reference sampled the responses; elsewhere it is a mean drift and may be negative.
+    - ``entropy/best``, ``token_accuracy/best``, if token sums are given: over all labelled tokens of the best-scored responses, the
+      mean entropy of the policy's next-token distribution, in nats, and the share whose label is its most probable token.
 
     Under ``average`` rewards, log-probs and ``kl`` are averages over a response's tokens, and not sums.
 
@@ -44,6 +57,7 @@ class GroupMetrics:
         scores: Tensor,  # [B, K]
         mask: Tensor,  # [B, K]
         tokens: Tensor,
+        token_sums: TokenSums | None = None,
     ) -> None:
         """No host sync: the sums stay where the rewards are."""
         there = mask.any(1)
@@ -66,6 +80,7 @@ class GroupMetrics:
             *((worst * there).sum(), prompts),
             *(((best - best_ref) * there).sum(), prompts),
             *(((ref_logps - logps) * mask).sum(), counts.sum()),
+            *_best_tokens(token_sums, order[:, :1], there),
             tokens,
         ]
         # Float64, for the tokens of an evaluation pass 2^24; it is a few dozen numbers.
@@ -92,3 +107,11 @@ class GroupMetrics:
             if count > 0:
                 metrics[name] = value / count
         return metrics
+
+
+def _best_tokens(sums: TokenSums | None, best: Tensor, there: Tensor) -> list[Tensor]:
+    """The sum and the count of each metric of ``_OF_TOKENS``, of the responses in the columns ``best`` ``[B, 1]``."""
+    if sums is None:
+        return [there.new_zeros(())] * (2 * len(_OF_TOKENS))
+    lengths, entropy, top1 = ((values.gather(1, best)[:, 0] * there).sum() for values in sums)
+    return [entropy, lengths, top1, lengths]

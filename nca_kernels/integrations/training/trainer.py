@@ -23,7 +23,7 @@ from ..data.mismatched import MismatchedCollator
 from ..data.rows import longest_sequences, missing_ref_logps, prepare_rows
 from ..data.shared_prompt import check_layout, model_inputs
 from ..models.evaluating import evaluating
-from ..models.heads import model_logps
+from ..models.heads import model_logps, model_token_stats
 from ..reference.frozen import reshard
 from ..reference.placement import checkpointed_once, place_for_deepspeed, to_device, to_device_or_shard, zero3_for_forward
 from ..reference.policy_reference import PolicyReference, ReferenceOptions
@@ -32,7 +32,7 @@ from .clock import LossClock
 from .config import NCAConfig
 from .kto_baseline import KTOBaseline
 from .loss_guard import LossGuard
-from .metrics import GroupMetrics
+from .metrics import GroupMetrics, TokenSums
 from .plots import PlotsCallback
 from .policy import check_reference, policy_of, warn_of_losses
 from .resumable import ResumableTrainer
@@ -68,6 +68,7 @@ class NCATrainer(ResumableTrainer):
         callbacks, optimizers: as in ``transformers.Trainer``.
 
     To compute log-probs in another way, override :meth:`compute_logps`: policy, reference and KTO's baseline all use it.
+    ``token_metrics`` is refused then, since they come from the forward of the policy's log-probs.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used, by name.
@@ -100,6 +101,8 @@ class NCATrainer(ResumableTrainer):
                 "accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             )
         refuse_split_sequences(args)
+        if args.token_metrics and type(self).compute_logps is not NCATrainer.compute_logps:
+            raise ValueError(f"token_metrics: got True, wanted False: {type(self).__name__} computes log-probs in its own way")
         model = policy_of(model, peft_config, args.seed, args.model_init_kwargs)
         warn_of_losses(model, args.learning_rate)
         refuse_tensor_parallel("model", model)
@@ -208,9 +211,18 @@ class NCATrainer(ResumableTrainer):
             model: the policy, or its reference, in any wrapping; gradients flow to its trainable weights.
             batch: of the collator, on the model's device. Only its tokens and ``mask`` count.
         """
-        inputs = {"attention_mask": None, **model_inputs(model, batch)}
-        token_logps = model_logps(model, **inputs, labels=batch["labels"], **self.args.head_options())
-        return group_logps(token_logps, batch)
+        return group_logps(model_logps(model, **self._head_inputs(model, batch)), batch)
+
+    def _policy_logps(self, model: nn.Module, batch: Batch) -> tuple[Tensor, TokenSums | None]:
+        """The log-probs of :meth:`compute_logps` and, with ``token_metrics``, what else their one forward tells of the tokens."""
+        if not self.args.token_metrics:
+            return self.compute_logps(model, batch), None
+        stats = model_token_stats(model, **self._head_inputs(model, batch))
+        entropy, top1 = (group_logps(values.float(), batch) for values in (stats.entropy, stats.top1))
+        return group_logps(stats.logps, batch), TokenSums(batch["lengths"], entropy, top1)
+
+    def _head_inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        return {"attention_mask": None, **model_inputs(model, batch), "labels": batch["labels"], **self.args.head_options()}
 
     def _ref_logps(self, batch: Batch) -> Tensor:
         return self._reference.batch_logps(batch, self.model, trained=self.state.global_step > 0)
@@ -308,13 +320,14 @@ class NCATrainer(ResumableTrainer):
         if args.loss == "kto" and baseline is None:
             baseline = self._kto_baseline([batch])
         ref_logps = self._per_token(self._ref_logps(batch), batch)
-        logps = self._per_token(self.compute_logps(model, batch), batch)
+        logps, token_sums = self._policy_logps(model, batch)
+        logps = self._per_token(logps, batch)
         lengths = torch.ones_like(batch["lengths"]) if args.average else batch["lengths"]  # averages are per token already
         options = args.loss_options(lengths=lengths, baseline=baseline, desirable=batch.get("desirable"))
         loss, rewards = group_loss(args.loss, logps, ref_logps, scores, mask=mask, reduction="sum", **options)
         metrics = self._train_metrics if model.training else self._eval_metrics
         tokens = (batch["branches"] >= 0 if "branches" in batch else batch["attention_mask"]).sum()
-        metrics.update(loss.detach(), rewards, logps, ref_logps, scores, mask, tokens)
+        metrics.update(loss.detach(), rewards, logps, ref_logps, scores, mask, tokens, token_sums)
         return loss, rewards
 
     def prediction_step(
