@@ -22,7 +22,7 @@ import triton.language as tl
 from ...loss_table import GroupLossArguments
 
 _TILE = 512  # elements of a tile [BLOCK_B, BLOCK_K]: four for each thread of the program's four warps
-_CUBE = 2048  # of a tile [BLOCK_B, BLOCK_K, BLOCK_J]
+_CUBE = 512  # of a tile [BLOCK_B, BLOCK_K, BLOCK_J]; with 1024 Plackett-Luce spills registers on some GPUs
 _NUM_WARPS = 4
 _COMPARING = ("dpo", "ipo", "plackett_luce")  # the losses with such tiles
 
