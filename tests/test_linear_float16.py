@@ -5,7 +5,7 @@ import torch
 
 import nca_kernels
 
-V, D, M = 2000, 256, 24
+V, D, M = 2000, 256, 192
 G = 65536 / 32  # the loss scale of a gradient scaler over a mean of 32
 
 

@@ -61,7 +61,8 @@ def _check(target, dtype, needs, problem=None, upstream=OUTPUTS, peer_dtype=None
     assert torch.equal(ours.top1, peer.top1) or dtype != torch.float32
     for mine, exact, others in zip(our_grads, true_grads, peer_grads, strict=True):
         assert mine.dtype == dtype
-        eps = torch.finfo(dtype).eps
+        # As above: the interpreter's exponentials are exp2 of a rounded product.
+        eps = torch.finfo(dtype).eps * (4 if target.interpreted and dtype == torch.float32 else 1)
         assert _rms(mine.cpu() - exact) <= 1.2 * _rms(others.cpu() - exact) + eps / 2 * _rms(exact)
 
 
@@ -248,7 +249,7 @@ def test_logits_dtype_is_checked():
 
 
 def test_float32_logits_make_no_float32_copy_of_the_head():
-    M, V, width = 64, 16384, 512
+    M, V, width = 16, 65536, 512
     hidden, weight = torch.randn(M, width).bfloat16().requires_grad_(), torch.randn(V, width).bfloat16()
     labels = torch.randint(V, (M,))
 
@@ -257,5 +258,5 @@ def test_float32_logits_make_no_float32_copy_of_the_head():
 
     call()
     tile = M * V * 6  # the float32 logits and their 16-bit gradient
-    pieces = 8 * MIB  # of the head in float32, at a time; the whole would be 32
-    assert peak_extra(call, "cpu")[1] * MIB < tile + pieces + 6 * MIB
+    pieces = 8 * MIB  # of the head in float32, at a time; the whole would be 128
+    assert peak_extra(call, "cpu")[1] * MIB < tile + pieces + 12 * MIB

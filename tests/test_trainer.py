@@ -306,7 +306,7 @@ def test_text_and_a_model_by_its_folder(tmp_path):
     model = tiny("llama", vocab_size=len(words))
     model.save_pretrained(tmp_path / "model")
     rows = [{"prompt": "the moth", "responses": ["ath", " oth"], "scores": [1.0, 0.2]}]
-    rows += [{"prompt": "a", "chosen": "th", "rejected": "t"}]
+    rows += [{"prompt": "a", "responses": ["th", "t"], "scores": [1.0, 0.0]}]
     trainer = trained(tmp_path / "run", rows, str(tmp_path / "model"), processing_class=words, save_strategy="epoch")
     assert trainer.train_dataset["response_ids"][1] == [[words.vocab[text], words.eos_token_id] for text in ("th", "t")]
     (saved,) = (tmp_path / "run").glob("checkpoint-*")

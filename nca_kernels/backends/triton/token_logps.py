@@ -154,9 +154,13 @@ def _token_logps_fwd_kernel(
     row_top = tl.max(top, axis=0)
     drop = top - row_top
     kept = _exp(drop)
-    row_total = tl.sum(total * kept, axis=0)
     if HAS_MOMENT:
-        tl.store(stats + 3 * rows + row, tl.sum(tl.fma(tl.maximum(drop, _GONE), total, moment) * kept, axis=0))
+        # The entropy is a difference of both sums: in float32 these few additions would be most of its error.
+        moments = tl.fma(tl.maximum(drop, _GONE), total, moment) * kept
+        tl.store(stats + 3 * rows + row, tl.sum(moments.to(tl.float64), axis=0).to(tl.float32))
+        row_total = tl.sum((total * kept).to(tl.float64), axis=0).to(tl.float32)
+    else:
+        row_total = tl.sum(total * kept, axis=0)
     row_top = tl.where(row_total == 0.0, float("-inf"), row_top)  # every logit is -inf
     tl.store(logps + row, target - row_top - tl.log(row_total))
     tl.store(stats + row, row_top)

@@ -14,9 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from ..models.evaluating import evaluating
 from .placement import whole_tensors
 
-# Initializations of LoRA that take out of the base what they put into the adapter.
-_REWRITE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 
 @contextmanager
 def as_reference(model: nn.Module, *, base: bool) -> Iterator[None]:
@@ -62,14 +59,3 @@ def adapter_changes_nothing(model: PeftModel) -> bool:
                 if any(not torch.equal(tensor, copied[name]) for name, tensor in whole_tensors(copies)):
                     return False
     return True
-
-
-def refuse_rewritten_base(model: PeftModel) -> None:
-    """ValueError for an adapter without which the base is no longer the model that it was made of."""
-    for config in model.peft_config.values():
-        how = str(getattr(config, "init_lora_weights", "")).lower()
-        if how.startswith(_REWRITE_THE_BASE):
-            raise ValueError(
-                f"init_lora_weights: got {how!r}, which changes the weights of the base, so that it is not the reference; wanted "
-                "another, or a ref_model, or rows with ref_logps"
-            )

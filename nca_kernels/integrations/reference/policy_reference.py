@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data.collator import Batch
 from ..data.rows import missing_ref_logps, with_ref_logps
 from .cache import cache_key, reference_logps, weights_digest
-from .frozen import adapter_changes_nothing, as_reference, refuse_rewritten_base
+from .frozen import adapter_changes_nothing, as_reference
 from .placement import frozen_copy, to_device_or_shard
 
 
@@ -128,6 +128,4 @@ class PolicyReference:
                 f"{name}: rows without ref_logps, and {gone}; wanted them at the start of NCATrainer, or with ref_logps, or "
                 'reference="model"'
             )
-        if isinstance(policy, PeftModel):
-            refuse_rewritten_base(policy)
         return policy
