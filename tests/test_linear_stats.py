@@ -257,6 +257,6 @@ def test_float32_logits_make_no_float32_copy_of_the_head():
         nca_kernels.linear_token_logps(hidden, weight, labels, logits_dtype=torch.float32, backend="cpu").sum().backward()
 
     call()
-    tile = M * V * 6  # the float32 logits and their 16-bit gradient
-    pieces = 8 * MIB  # of the head in float32, at a time; the whole would be 128
-    assert peak_extra(call, "cpu")[1] * MIB < tile + pieces + 12 * MIB
+    # The tile takes 6 MiB, pieces of the head in float32 8 at a time. PyTorch's GEMM may pack the 16-bit head, 64, as it does at
+    # times after other tests in the same process. A float32 copy of the head would be 128.
+    assert peak_extra(call, "cpu")[1] < 96
