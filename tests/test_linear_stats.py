@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nca_kernels
-from bench.memory import MIB, peak_extra
+from bench.memory import peak_extra
 
 OPS = torch.ops.nca_kernels
 D = 24
