@@ -155,8 +155,12 @@ def exact_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b.t(), out_dtype=torch.float32, out=out)
         return
     a = a.float()
-    for part in split(len(b), max(1, CONVERTED // b.shape[1])):
-        torch.mm(a, b[part].float().t(), out=out[:, part])
+    parts = split(len(b), max(1, CONVERTED // b.shape[1]))
+    # One buffer for all parts: malloc may keep those that are freed, up to a float32 copy of the head.
+    buffer = b.new_empty((max((part.stop - part.start for part in parts), default=0), b.shape[1]), dtype=torch.float32)
+    for part in parts:
+        piece = buffer[: part.stop - part.start].copy_(b[part])
+        torch.mm(a, piece.t(), out=out[:, part])
 
 
 class ProductSum:

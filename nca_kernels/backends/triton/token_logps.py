@@ -226,7 +226,7 @@ def _token_logps_bwd_kernel(
         per_p += tl.load(dlse + row)
     if dentropy is not None:
         per_gap = -tl.load(dentropy + row)
-        per_p -= per_gap * (tl.load(stats + 3 * rows + row) * inverse)
+        per_p -= per_gap * (tl.load(stats + 3 * rows + row) / row_total)
     if (dlse is not None) or (dentropy is not None):
         gap = tl.maximum(target - row_top, _GONE)
         at_label += _exp(gap) * inverse * (per_p + per_gap * gap)
