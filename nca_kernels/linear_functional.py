@@ -152,7 +152,7 @@ def linear_token_stats(
     Raises:
         As :func:`linear_token_logps`.
 
-    Source: ``docs/math.md``, sections 2 and 3.
+    Source: ``docs/math.md``, sections 2 and 4.
 
     Example:
         >>> hidden, weight = torch.eye(2).unsqueeze(0), torch.zeros(4, 2)

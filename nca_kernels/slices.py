@@ -2,7 +2,7 @@
 
 The statistics of a slice are those of a softmax over its columns alone, ``[3, R]`` or ``[4, R]``: maximum, sum of exponentials,
 the label's z, and ``A = sum (z - max) exp(z - max)``. They merge whether the slices are tiles of one head or the ranks' shares of
-a vocabulary-parallel one. ``docs/math.md``, sections 2 and 3, has the derivations.
+a vocabulary-parallel one. ``docs/math.md``, sections 3 and 4, has the derivations.
 """
 
 from __future__ import annotations
