@@ -23,6 +23,7 @@ from nca_kernels.experiments.questions import DPO, DPO_ALL, NCA, QUESTIONS, SFT
 from nca_kernels.experiments.reproduce import QUICK, Scale
 from nca_kernels.experiments.search import RANGES, TUNING_SEEDS, draws
 from nca_kernels.experiments.tasks import CHARS, TASKS
+from nca_kernels.experiments.toy import build_model, log_ratios, response_logps, scored_samples, sequences
 from nca_kernels.experiments.world import WORLDS, Kind, Size, make_world
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,16 @@ def test_the_optimum_fits_itself(loss):
     assert optimum.fit(Method(loss, alpha=0.3), scores, best) == {"slope": 1.0, "deviation": 0.0}
     half = optimum.fit(Method(loss, alpha=0.3), scores, best / 2)
     assert half["slope"] == pytest.approx(0.5) and half["deviation"] > 0.4
+
+
+def test_log_ratios_with_prompts_computed_once_are_those_of_whole_rows(exact_world):
+    model, reference = build_model(7, 16), exact_world.reference
+    task, problems = TASKS["sums"], exact_world.test
+    responses, _ = scored_samples(model, task, problems, 3, torch.Generator().manual_seed(0))
+    rows, labels = sequences(task.prompts(problems), responses)
+    whole = response_logps(model, rows, labels, "logits") - response_logps(reference, rows, labels, "logits")
+    assert whole.abs().max() > 0.1
+    torch.testing.assert_close(log_ratios(model, reference, task, problems, responses), whole, rtol=0, atol=2e-5)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

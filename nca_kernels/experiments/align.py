@@ -53,12 +53,17 @@ def align(
     steps: int = 200,
     batch_size: int = 16,
     path: str = "linear",
+    probes: int = 20,
+    share_prompt: bool = False,
     progress: bool = False,
 ) -> tuple[LlamaForCausalLM, Curves]:
-    """Align a copy of ``reference`` on ``steps`` batches of ``batch_size`` prompts of ``train``."""
+    """Align a copy of ``reference`` on ``steps`` batches of ``batch_size`` prompts of ``train``.
+
+    The held-out log-probs are taken before the first step and about ``probes`` times after it.
+    """
     model = copy.deepcopy(reference)
     bar = tqdm(total=steps, desc=f"{method.loss}, K = {method.K}", disable=not progress)
-    recorder = _Recorder(probe.ends(), path, bar)
+    recorder = _Recorder(probe.ends(), path, probes, bar)
     with TemporaryDirectory() as folder:
         arguments = NCAConfig(
             output_dir=folder,
@@ -67,6 +72,7 @@ def align(
             alpha=method.alpha,
             pairs=method.pairs,
             num_responses=method.K,
+            share_prompt=share_prompt,
             learning_rate=method.lr,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=10,
@@ -101,9 +107,9 @@ _TRAINERS = {"linear": NCATrainer, "logits": _LogitsTrainer}
 class _Recorder(TrainerCallback):
     """Fills :class:`Curves` during a training that logs every step."""
 
-    def __init__(self, ends: Preferences, path: str, bar: tqdm) -> None:
+    def __init__(self, ends: Preferences, path: str, probes: int, bar: tqdm) -> None:
         self.curves = Curves()
-        self._ends, self._path, self._bar = ends, path, bar
+        self._ends, self._path, self._probes, self._bar = ends, path, probes, bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._probe(kwargs["model"], 0)
@@ -115,7 +121,7 @@ class _Recorder(TrainerCallback):
             return
         self.curves.loss.append(logs["loss"])
         self.curves.loss_time_share.append(logs["loss_time_share"])
-        if state.global_step % max(state.max_steps // 20, 1) == 0:
+        if state.global_step % max(state.max_steps // self._probes, 1) == 0:
             self._probe(kwargs["model"], state.global_step)
         self._bar.update()
 

@@ -22,7 +22,7 @@ from nca_kernels import __version__, explain
 from .align import Method, align
 from .figure import draw_curves
 from .tasks import TASKS
-from .toy import judge
+from .toy import scored_samples
 from .world import WORLDS, Size, World, make_world
 
 TASK = TASKS["sums"]
@@ -95,7 +95,7 @@ def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FUL
 
 def _evaluate(model: LlamaForCausalLM, world: World, seed: int) -> dict[str, float]:
     """Mean reward and share of exact answers, of one sample for each prompt."""
-    scores, _ = judge(model, world.reference, TASK, world.test, 1, torch.Generator().manual_seed(seed))
+    _, scores = scored_samples(model, TASK, world.test, 1, torch.Generator().manual_seed(seed))
     return {"reward": scores.mean().item(), "exact": (scores == 1).float().mean().item()}
 
 

@@ -157,19 +157,32 @@ def prefer(model: LlamaForCausalLM, task: Task, problems: Tensor, responses: Ten
     return Preferences(tokens, labels, scores[differ], response_logps(model, tokens, labels, path))
 
 
-def judge(
-    model: LlamaForCausalLM,
-    reference: LlamaForCausalLM,
-    task: Task,
-    problems: Tensor,
-    K: int,
-    generator: torch.Generator | None,
+def scored_samples(
+    model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Of K samples a problem, or without a generator of the likeliest tokens: reward and ``logp - ref_logp``, both [n, K].
-
-    The mean log-ratio of samples is an unbiased estimate of KL(model || reference).
-    """
+    """K samples of each problem, or without a generator the likeliest tokens, [n, K, R], and their rewards, [n, K]."""
     responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
-    tokens, labels = sequences(task.prompts(problems), responses)
-    log_ratios = response_logps(model, tokens, labels, "linear") - response_logps(reference, tokens, labels, "linear")
-    return task.rewards(problems, responses), log_ratios
+    return responses, task.rewards(problems, responses)
+
+
+@torch.no_grad()
+def log_ratios(model: LlamaForCausalLM, reference: LlamaForCausalLM, task: Task, problems: Tensor, responses: Tensor) -> Tensor:
+    """``logp - ref_logp`` of responses [n, K, R], [n, K]; each prompt is computed once.
+
+    The mean over samples of ``model`` is an unbiased estimate of KL(model || reference).
+    """
+    K = responses.shape[1]
+    ratios = []
+    for prompts, drawn in zip(task.prompts(problems).split(ROWS // K), responses.split(ROWS // K), strict=True):
+        rows = drawn.flatten(0, 1)
+        logps, ref_logps = (sequence_logps(_next_token_logits(policy, prompts, rows, K), rows) for policy in (model, reference))
+        ratios.append((logps - ref_logps).view(-1, K))
+    return torch.cat(ratios)
+
+
+def _next_token_logits(model: LlamaForCausalLM, prompts: Tensor, rows: Tensor, K: int) -> Tensor:
+    """The logits that predict each token of the K responses ``rows`` [n K, R] to each of ``prompts``, [n K, R, V]."""
+    cache = DynamicCache(config=model.config)
+    first = model(prompts, past_key_values=cache).logits[:, -1:].repeat_interleave(K, dim=0)
+    cache.batch_repeat_interleave(K)
+    return torch.cat([first, model(rows[:, :-1], past_key_values=cache).logits], dim=1)
