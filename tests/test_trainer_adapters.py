@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import tiny
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from training import assert_same_weights, config, logged, make_rows, trained, weights
 from transformers import AutoModelForCausalLM
 
@@ -72,6 +72,19 @@ def test_a_saved_adapter_goes_on_being_trained(saved, reference, tmp_path, capsy
     assert logged(again, "loss") == pytest.approx(logged(trainer, "loss"), rel=1e-5)
     start = {name: torch.zeros_like(tensor) for name, tensor in weights(again).items()}
     assert_same_weights(weights(again), weights(trainer), start)
+
+
+@pytest.mark.parametrize("reference", ["precompute", "model"])
+def test_prefix_tuning(reference, tmp_path):
+    """Its base has no layers of PEFT; the reference is the policy with the prefix that it starts with."""
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    zero_reward(trained(tmp_path, make_rows(8), peft_config=prefix, reference=reference))
+
+
+def test_virtual_tokens_before_the_prompt_are_refused(tmp_path):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="labels: .* no virtual tokens"):
+        NCATrainer(tiny("llama"), config(tmp_path), make_rows(4), peft_config=prompt)
 
 
 def test_what_trains_nothing_is_refused_before_the_reference_pass(saved, tmp_path):

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -46,8 +47,11 @@ def adapter_changes_nothing(model: PeftModel) -> bool:
 
     False for adapters of other kinds, of which this is not known.
     """
+    tuner = model.base_model
+    if not isinstance(tuner, BaseTuner):  # virtual tokens, before a base that PEFT leaves as it is
+        return False
     for name, tensor in whole_tensors(model):
-        kind = next((part for part in name.split(".") if part.startswith(model.base_model.prefix)), None)
+        kind = next((part for part in name.split(".") if part.startswith(tuner.prefix)), None)
         if kind in ("lora_B", "lora_embedding_B") and bool(tensor.any()):
             return False
         if kind not in (None, "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
