@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.files import digest
 from ..models.pretrained import load_model, load_tokenizer
 from ..models.sampling import Sampled, Sampling, end_tokens, sample_responses
+from ..reference.placement import default_device, to_device
 from .prompts import PromptRow, read_prompts
 from .unfinished import UnfinishedFile
 
@@ -78,8 +79,8 @@ def sample_file(
 def _by_model(name: str, rows: list[PromptRow], K: int, batch_size: int, sampling: Sampling) -> Iterator[Done]:
     """The rows with their responses, in the order in which they are complete."""
     tokenizer = load_tokenizer(name)
-    on_gpu = torch.cuda.is_available()
-    model = load_model(name, **({} if on_gpu else {"dtype": torch.float32})).to("cuda" if on_gpu else "cpu").eval()
+    device = default_device()
+    model = to_device(load_model(name, **({"dtype": torch.float32} if device == "cpu" else {})), device).eval()
     ends = end_tokens(model, tokenizer)
     if not ends:
         raise ValueError(f"model: {name!r} has no end-of-sequence token, so no response would end")

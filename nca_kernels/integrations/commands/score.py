@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from tqdm import tqdm
 
@@ -69,11 +71,18 @@ def score_file(
     settings = _settings(model)
     if max_length is None and (max_length := settings.get("max_length")) is not None:
         print(f"max_length {max_length}, as {Path(model) / RUN} says")
-    cut = {"max_length": max_length, "max_prompt_length": settings.get("max_prompt_length")}
-    options = {"average": average, "batch_size": batch_size, "model_init_kwargs": model_init_kwargs, **cut}
-    columns = {"logps": response_logps(model, rows, **options)}
+    logps_under = partial(
+        response_logps,
+        rows=rows,
+        average=average,
+        batch_size=batch_size,
+        model_init_kwargs=model_init_kwargs,
+        max_length=max_length,
+        max_prompt_length=settings.get("max_prompt_length"),
+    )
+    columns = {"logps": logps_under(model)}
     if ref_model is not None:
-        columns["ref_logps"] = response_logps(ref_model, rows, **options)
+        columns["ref_logps"] = logps_under(ref_model)
         columns["rewards"] = [
             [beta * (logp - ref) for logp, ref in zip(*both, strict=True)]
             for both in zip(columns["logps"], columns["ref_logps"], strict=True)
@@ -110,8 +119,8 @@ def response_logps(
 ) -> Rows:
     """The log-prob of each response of ``rows`` (of ``load_groups``) under a model that is loaded for it."""
     tokenizer = load_tokenizer(model)
-    options = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    tokenized = tokenize_groups(rows.remove_columns("scores"), tokenizer, **options).rows
+    unscored = rows.remove_columns("scores")
+    tokenized = tokenize_groups(unscored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length).rows
     if model_init_kwargs is None and (model_init_kwargs := _settings(model).get("model_init_kwargs")):
         print(f"{model}: loaded with {model_init_kwargs}, as its {RUN} says")
     network = to_device(load_model(model, **(model_init_kwargs or {})), default_device()).eval()
@@ -119,7 +128,7 @@ def response_logps(
     logps = []
     for start in tqdm(range(0, len(tokenized), batch_size), desc=model):
         batch = collator([tokenized[i] for i in range(start, min(start + batch_size, len(tokenized)))])
-        batch = {name: value.to(network.device) for name, value in batch.items()}
+        batch = send_to_device(batch, network.device)
         tokens = model_logps(network, batch["input_ids"], batch["attention_mask"], batch["labels"])
         sums = group_logps(tokens.to(network.device), batch)
         values = sums / batch["lengths"].clamp(min=1) if average else sums

@@ -105,8 +105,10 @@ class Server:
             choice = _only(self._client.completions.create(prompt=row.prompt, **options))
             text = choice.text
         else:
-            tools: dict[str, Any] = {"tools": row.tools} if row.tools else {}
-            choice = _only(self._client.chat.completions.create(messages=row.prompt, **tools, **options))  # type: ignore[call-overload]
+            options["messages"] = row.prompt
+            if row.tools:
+                options["tools"] = row.tools
+            choice = _only(self._client.chat.completions.create(**options))
             text = choice.message.content
         if not isinstance(text, str):
             raise ValueError("the answer has no text")

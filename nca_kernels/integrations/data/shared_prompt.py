@@ -7,9 +7,10 @@ prompt in each response, and the attention mask is a tree: a token sees the prom
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
@@ -137,8 +138,7 @@ def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, ba
 
 def _labelled_logps(model: nn.Module, batch: Batch, backend: str | None) -> Tensor:
     """The log-probs of all tokens with a label, in the same order in every layout."""
-    device = causal_lm(model).device
-    tensors = {name: value.to(device) for name, value in cast(dict[str, Tensor], batch).items()}
-    inputs = {"attention_mask": None, **model_inputs(model, cast(Batch, tensors))}
-    logps = model_logps(model, **inputs, labels=tensors["labels"], backend=backend)
-    return logps[:, :-1][tensors["labels"][:, 1:] != IGNORE_INDEX]
+    batch = send_to_device(batch, causal_lm(model).device)
+    inputs = {"attention_mask": None, **model_inputs(model, batch)}
+    logps = model_logps(model, **inputs, labels=batch["labels"], backend=backend)
+    return logps[:, :-1][batch["labels"][:, 1:] != IGNORE_INDEX]

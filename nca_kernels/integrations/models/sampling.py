@@ -78,7 +78,7 @@ def sample_responses(
         pad_token_id=pad,
         stop_strings=list(sampling.stop) or None,
     )
-    made = model.generate(
+    made = model.generate(  # type: ignore[operator]  # transformers declares it in a mixin of the causal LMs alone
         input_ids=ids,
         attention_mask=mask,
         generation_config=config,

@@ -135,7 +135,7 @@ def _computed(
     # The longest first: rows of a batch are then of a length, and a batch too large for the memory fails at once.
     order = (-longest_sequences(rows)).argsort(kind="stable").tolist()
     bar = tqdm(total=len(rows), desc="Reference log-probs", disable=not (progress and accelerator.is_main_process))
-    row_logps: list[Tensor | None] = [None] * len(rows)
+    row_logps: dict[int, Tensor] = {}
     for start in range(0, len(order), PART):
         part = order[start : start + PART]
         part_file = file.with_suffix("") / f"{start}.safetensors"
@@ -146,11 +146,10 @@ def _computed(
             flat = _shared(rows, batches, logps, accelerator)
             _refuse_not_finite(flat, part, part_counts)
             on_main(accelerator, _write, part_file, flat)
-        for i, values in zip(part, flat.split(part_counts), strict=True):
-            row_logps[i] = values
+        row_logps.update(zip(part, flat.split(part_counts), strict=True))
         bar.update(len(part))
     bar.close()
-    flat = torch.cat(row_logps)
+    flat = torch.cat([row_logps[i] for i in range(len(rows))])
     on_main(accelerator, _write, file, flat)
     if accelerator.is_main_process:
         shutil.rmtree(file.with_suffix(""), ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from ... import _compat
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -96,7 +98,7 @@ def _zero3_engine(model: nn.Module, accelerator: Accelerator) -> Any:
     return engine
 
 
-def to_device(model: nn.Module, device: torch.device | str) -> nn.Module:
+def to_device(model: Model, device: torch.device | str) -> Model:
     """The model on the device, unless it was placed when it was loaded: by a ``device_map``, offloaded, or quantised."""
     return model if is_offloaded(model) or getattr(model, "quantization_method", None) else model.to(device)
 
