@@ -6,7 +6,8 @@ import argparse
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ._version import __version__
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         install = _SERVER if error.name == "openai" else _HF if error.name in _HF_MODULES else None
         return _failed(arguments.command, f"{error}" + (f"; {install} brings it" if install else ""))
-    except OSError as error:
+    except (_Mistake, OSError) as error:
         return _failed(arguments.command, str(error))
     except KeyboardInterrupt:
         print(f"\nnca-kernels {arguments.command}: stopped", file=sys.stderr)
@@ -60,6 +61,19 @@ def main(argv: list[str] | None = None) -> int:
         if type(error).__module__.split(".")[0] in _NETWORK:
             return _failed(arguments.command, f"the network, or the hub: {error}")
         return _failed(arguments.command, f"{type(error).__name__}: {error} (not foreseen; the traceback is in {_kept(error)})")
+
+
+class _Mistake(Exception):
+    """What is wrong with the user's files or settings, in one line."""
+
+
+@contextmanager
+def _mistakes(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds are raised of what the user gave, and hold no traceback worth keeping."""
+    try:
+        yield
+    except kinds as error:
+        raise _Mistake(str(error)) from error
 
 
 def _kept(error: Exception) -> str:
@@ -150,14 +164,11 @@ def _train(arguments: argparse.Namespace) -> int | None:
         arguments.parser.error(str(error))
     from .integrations.commands.train import prepare, train
 
-    try:
+    with _mistakes(ValueError, RuntimeError):  # the data, the model, the machine, or these together
         trainer = prepare(run)
-    except (ValueError, RuntimeError) as error:  # the data, the model, the machine, or these together
-        return _failed("train", str(error))
     try:
-        train(trainer, run)
-    except (ValueError, FloatingPointError) as error:  # a checkpoint that cannot be resumed; a loss that is not finite
-        return _failed("train", str(error))
+        with _mistakes(ValueError, FloatingPointError):  # a checkpoint that cannot be resumed; a loss that is not finite
+            train(trainer, run)
     except KeyboardInterrupt:
         print(f"\nnca-kernels train: stopped; {_how_to_go_on(run.config.output_dir)}", file=sys.stderr)
         return 130
@@ -177,7 +188,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     inspect.set_defaults(run=_inspect, parser=inspect)
 
 
-def _inspect(arguments: argparse.Namespace) -> int | None:
+def _inspect(arguments: argparse.Namespace) -> None:
     from .integrations.commands.run_config import UsageError, read_run
 
     try:
@@ -186,11 +197,8 @@ def _inspect(arguments: argparse.Namespace) -> int | None:
         arguments.parser.error(str(error))
     from .integrations.commands.inspect import inspect_run
 
-    try:
+    with _mistakes(ValueError):
         inspect_run(run, rows=arguments.rows)
-    except ValueError as error:
-        return _failed("inspect", str(error))
-    return None
 
 
 def _how_to_go_on(output_dir: str | None) -> str:
@@ -221,15 +229,12 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     score.set_defaults(run=_score)
 
 
-def _score(arguments: argparse.Namespace) -> int | None:
+def _score(arguments: argparse.Namespace) -> None:
     from .integrations.commands.score import score_file
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}
-    try:
+    with _mistakes(ValueError):
         score_file(**options)
-    except ValueError as error:
-        return _failed("score", str(error))
-    return None
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
@@ -255,17 +260,14 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample.set_defaults(run=_sample)
 
 
-def _sample(arguments: argparse.Namespace) -> int | None:
+def _sample(arguments: argparse.Namespace) -> None:
     from .integrations.commands.sample import sample_file
     from .integrations.models.sampling import Sampling
 
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.max_new_tokens, arguments.seed, tuple(arguments.stop))
     options = {name: getattr(arguments, name) for name in ("num_responses", "batch_size", "server")}
-    try:
+    with _mistakes(ValueError):
         sample_file(arguments.model, arguments.data, arguments.out, sampling=sampling, **options)
-    except ValueError as error:
-        return _failed("sample", str(error))
-    return None
 
 
 def _add_rate(commands: argparse._SubParsersAction) -> None:
@@ -284,15 +286,12 @@ def _add_rate(commands: argparse._SubParsersAction) -> None:
     rate.set_defaults(run=_rate)
 
 
-def _rate(arguments: argparse.Namespace) -> int | None:
+def _rate(arguments: argparse.Namespace) -> None:
     from .integrations.commands.rate import rate_file
 
     options = {name: getattr(arguments, name) for name in ("reward_model", "function", "batch_size")}
-    try:
+    with _mistakes(ValueError):
         rate_file(arguments.data, arguments.out, **options)
-    except ValueError as error:
-        return _failed("rate", str(error))
-    return None
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
