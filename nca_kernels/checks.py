@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments: each error names the argument, what came and what was wanted."""
+"""Checks of the public functions' arguments. Each error names the argument, what was passed and what was wanted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def boolean(name: str, value: object) -> None:
 
 
 def shape(name: str, value: Tensor, wanted: tuple[int, ...], of: str) -> None:
-    """``ValueError`` unless ``value`` has exactly the shape ``wanted``, which is that ``of`` something."""
+    """``ValueError`` unless ``value`` has the shape ``wanted``; ``of`` says in the message whose shape that is."""
     if value.shape != wanted:
         raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {list(wanted)} ({of})")
 
@@ -71,14 +71,14 @@ def non_negative(name: str, value: object) -> float:
 def _number(name: str, value: object, least: float, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
-    # A comparison alone: torch.compile, where it takes the number for a variable, knows no math.isfinite. NaN fails it.
+    # Comparisons only, because torch.compile does not know math.isfinite of a symbolic number. NaN fails them.
     if not least <= value <= FLOAT32.max:
         raise ValueError(f"{name}: got {value}, wanted {wanted}, in float32")
     return float(value)
 
 
 def one_of(name: str, value: object, allowed: Collection[str]) -> None:
-    """``ValueError`` unless ``value`` is one of these strings; ``TypeError`` for what is no string."""
+    """``ValueError`` unless ``value`` is one of these strings; ``TypeError`` unless it is a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted one of {', '.join(map(repr, allowed))}")
     if value not in allowed:
@@ -86,7 +86,7 @@ def one_of(name: str, value: object, allowed: Collection[str]) -> None:
 
 
 def rows(labels: Tensor, leading: tuple[int, ...], of: str, shift: int, cu_seqlens: Tensor | None) -> None:
-    """The arguments that the token functions share: labels, shift and segment bounds against ``of``'s leading shape."""
+    """Check labels, shift and segment bounds against ``leading``, the shape of ``of`` without its last dimension."""
     integer("labels", labels)
     shape("labels", labels, leading, f"{of} without its last dimension")
     integer_between("shift", shift, 0, INT64.max, "an int >= 0")
@@ -108,7 +108,7 @@ def rows(labels: Tensor, leading: tuple[int, ...], of: str, shift: int, cu_seqle
 def are_read(values: Tensor) -> bool:
     """Whether values may be read: always on a CPU; on a GPU, where that costs a sync, only under ``NCA_KERNELS_CHECK=1``.
 
-    Never where the tensor has no values of its own: in a graph that is being traced, and under ``vmap``.
+    Never if the tensor has no values of its own: in a graph that is being traced, and under ``vmap``.
     """
     wanted = values.device.type == "cpu" or os.environ.get("NCA_KERNELS_CHECK") == "1"
     if not wanted or _compat.is_fake(values):

@@ -1,4 +1,4 @@
-"""Which backend runs a call: the first that can, or the one named, with every reason where none or it cannot."""
+"""Chooses the backend of a call: the first that can run it, or the named one; an error gives every reason why it cannot."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def resolve(
 ) -> str:
     """The name of the backend that runs ``op``.
 
-    ``obstacle`` is a reason of this call alone why no kernel can serve it (a layout, say): then only ``torch`` can.
-    Raises ``ValueError`` for an unknown backend and ``RuntimeError``, with every reason, for one that cannot run.
+    ``obstacle`` is a reason why no kernel can run this call (its layout, for example); only ``torch`` can then. Raises
+    ``ValueError`` for an unknown backend and ``RuntimeError``, with every reason, for a named one that cannot run.
     """
     if not isinstance(backend, (str, type(None))):
         raise TypeError(f"backend: got {type(backend).__name__}, wanted None or a name")
-    # The interpreter's variable is the one thing that may change the answer for the same call.
+    # TRITON_INTERPRET is the only state that can change the answer for the same arguments.
     choice = _choose(op, backend, device, dtype, loss, obstacle, os.environ.get("TRITON_INTERPRET"))
     if choice.warning and choice not in _WARNED:
         _WARNED.add(choice)
@@ -49,7 +49,7 @@ class _Choice(NamedTuple):
 _WARNED: set[_Choice] = set()  # each warning is given once
 
 
-@lru_cache(maxsize=256)  # to ask every backend takes longer than a small loss
+@lru_cache(maxsize=256)  # asking every backend takes longer than a small loss
 def _choose(
     op: str,
     backend: str | None,
@@ -71,12 +71,12 @@ def _choose(
                 why = ". ".join(f"{other}: {'; '.join(obstacles[other])}" for other in obstacles if other != "torch")
                 return _Choice(name, f"nca_kernels: {op} on {device} runs on plain PyTorch, slowly. {why}")
             return _Choice(name)
-    (reasons,) = obstacles.values()  # that of the named backend: without a name, torch runs what no other does
+    (reasons,) = obstacles.values()  # of the named backend; without a name, torch runs every call
     raise RuntimeError(f"backend {backend!r} cannot run {op}: {'; '.join(reasons)}")
 
 
 def _level_of_the_user() -> int:
-    """The stack level, as seen by the caller of this function, of the nearest line outside the package."""
+    """The ``stacklevel``, for a warning of the caller of this function, of the nearest line outside the package."""
     frame, level = inspect.currentframe(), 0
     while frame and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, level = frame.f_back, level + 1
@@ -84,27 +84,27 @@ def _level_of_the_user() -> int:
 
 
 def layout_obstacle(logits: Tensor) -> str | None:
-    """Why no kernel reads these logits, if so."""
+    """Why no kernel can read these logits, ``None`` if they can."""
     if logits.ndim and logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return "the kernels read rows of stride 1 along the vocabulary, the last dimension of logits, and these have another"
     return None
 
 
 def explain(tensor_or_device: Tensor | torch.device | str, op: str | None = None) -> str:
-    """Which backend would run each operation here, and why each other would not.
+    """Which backend would run each operation here, and why each other backend would not.
 
     Args:
-        tensor_or_device: a tensor (its device, dtype and, as logits, strides count), a device, or its name (float32 is
-            assumed).
-        op: ``"token_logps"``, ``"token_stats"``, ``"linear_token_logps"``, ``"linear_token_stats"`` or ``"group_loss"``; all of
-            them where ``None``.
+        tensor_or_device: a tensor, a device, or the name of a device. A tensor stands for the logits of the call: its device, dtype
+            and strides count. For a device, the dtype is float32.
+        op: ``"token_logps"``, ``"token_stats"``, ``"linear_token_logps"``, ``"linear_token_stats"`` or ``"group_loss"``; ``None``:
+            all of them.
 
     Returns:
-        A table as text: a line for each operation and backend.
+        A table as text, with a line for each operation and each backend.
 
     Raises:
-        ValueError: an unknown ``op``, or a name that is no device's.
-        TypeError: neither a tensor nor a device, or a tensor that is not floating.
+        ValueError: an unknown ``op``, or a name that is not a device.
+        TypeError: an argument that is neither a tensor nor a device, or a tensor of another dtype than a floating one.
 
     Example:
         >>> print(explain("cpu", "group_loss"))  # doctest: +ELLIPSIS

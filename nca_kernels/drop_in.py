@@ -1,4 +1,4 @@
-"""Functions with the names, arguments and results of other libraries: TRL's of logits, verl's of hidden states and a head."""
+"""Functions with the names, arguments and results of other libraries: TRL's on logits, verl's on hidden states and a head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import checks
 from .functional import token_logps, token_stats
 from .linear_functional import linear_token_stats
 
-NO_IGNORE_INDEX = checks.INT64.min  # no id can be this one: every illegal id is then an error
+NO_IGNORE_INDEX = checks.INT64.min  # no label is ignored: every illegal id is an error
 
 
 def selective_log_softmax(
@@ -23,19 +23,19 @@ def selective_log_softmax(
 
     Args:
         logits: ``[..., V]``; float32, bfloat16, float16 or float64. Gets a gradient.
-        index: token ids, int64 or int32, ``[...]`` or, for ``K`` of them a row, ``[..., K]`` (each reads the logits once).
-        temperature: > 0, a number or a tensor of one element. A tensor divides a float32 copy of the logits; it may require a
-            gradient, and is not read on a GPU.
-        row_mask: the shape of ``index``; where it is zero the row is not read and the result is 0.
+        index: token ids, int64 or int32, ``[...]``, or ``[..., K]`` for ``K`` ids a row (each of the K reads the logits once).
+        temperature: > 0, a number or a tensor of one element. A tensor divides a float32 copy of the logits. It may require a
+            gradient, and its value is not checked on a GPU.
+        row_mask: the shape of ``index``, any dtype. Where it is zero the row is not read and the result is 0.
 
     Returns:
-        The log-probs in the shape of ``index``, computed in float32 for 16-bit logits. On a GPU they stay float32, as those of
-        TRL's kernel do; on a CPU they are rounded to the dtype of ``logits``, as TRL's are.
+        The log-probs in nats, in the shape of ``index``, computed in float32 for 16-bit logits. As with TRL, they are float32 on a
+        GPU, and rounded to the dtype of ``logits`` on a CPU.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: an id outside ``[0, V)`` in a row that is not masked, on a CPU. On a GPU its log-prob and gradient are NaN;
-            ``NCA_KERNELS_CHECK=1`` turns that into the error.
+            ``NCA_KERNELS_CHECK=1`` raises the error there, too.
 
     Source: ``trl.trainer.utils.selective_log_softmax`` (TRL 1.16).
 
@@ -49,7 +49,7 @@ def selective_log_softmax(
     if index.ndim < logits.ndim:
         return token_logps(logits, _labels(index, row_mask), ignore_index=NO_IGNORE_INDEX, scale=scale).to(dtype)
     if index.shape[-1] == 0:
-        return logits[..., :0].to(dtype)  # no number, but a graph
+        return logits[..., :0].to(dtype)  # empty, but part of the autograd graph
     columns = _labels(index, row_mask).unbind(-1)
     logps = [token_logps(logits, column, ignore_index=NO_IGNORE_INDEX, scale=scale) for column in columns]
     return torch.stack(logps, dim=-1).to(dtype)
@@ -62,14 +62,14 @@ def selective_log_softmax_and_entropy(
     temperature: float | Tensor = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r""":func:`selective_log_softmax` and the rows' entropy ``- sum_v p_v log p_v``, from one read of the logits.
+    r""":func:`selective_log_softmax` and the entropy of each row, from one read of the logits.
 
-    ``p = softmax(logits / temperature)``, in nats; TRL's name, signature and results.
+    ``entropy = - sum_v p_v log p_v`` in nats, with ``p = softmax(logits / temperature)``; TRL's name, signature and results.
 
     Args:
         logits, temperature, row_mask: as in :func:`selective_log_softmax`. ``logits`` gets a gradient.
         index: token ids, int64 or int32, ``[...]``.
-        entropy_requires_grad: the entropy has a gradient; otherwise it is detached.
+        entropy_requires_grad: if true, the entropy has a gradient; if false, it is detached.
 
     Returns:
         Log-probs and entropies in the shape of ``index``, 0 in masked rows, dtypes as in :func:`selective_log_softmax`.
@@ -106,22 +106,23 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The log-probability of each label and its row's entropy from hidden states and the head, both with gradients.
+    r"""The log-probability of each label and the entropy of its row from hidden states and the head, both with gradients.
 
-    ``z = hidden @ weight.T / temperature`` in float32, also for 16-bit inputs, never held as a whole;
-    ``logprobs = z[label] - log sum_v exp(z_v)``, ``entropy = - sum_v p_v log p_v`` in nats, ``p = softmax(z)``.
-    verl's name, signature and results: log-probs, not their negative, in spite of the name.
+    ``z = hidden @ weight.T / temperature`` is float32, also for 16-bit inputs, and never held as a whole.
+    ``logprobs = z[label] - log sum_v exp(z_v)`` and ``entropy = - sum_v p_v log p_v``, in nats, with ``p = softmax(z)``. The name,
+    signature and results are verl's: in spite of the name, it returns log-probs, not their negative.
 
     Args:
         hidden: ``[M, D]`` or ``[N, T, D]``; float32, bfloat16 or float16. Gets a gradient.
         weight: ``[V, D]``, the dtype of ``hidden``; with a group, this rank's rows of the head. Gets a gradient.
-        labels: token ids, int64 or int32, as many as ``hidden`` has rows.
+        labels: token ids, int64 or int32, one for each row of ``hidden``.
         temperature: > 0.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"`` of the log-probs; the entropies stay one for each token.
-        dist_process_group: the ranks over which the head's rows are spread; all hold the same ``hidden`` and ``labels``.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"`` of the log-probs. The entropies are not reduced.
+        dist_process_group: the ranks over which the head's rows are spread; ``hidden`` and ``labels`` are the same on all of them.
 
     Returns:
-        ``(logprobs, entropy)``: float32, ``[M]`` each for the ``M = N T`` tokens; a scalar first unless ``"none"``.
+        ``(logprobs, entropy)``: float32, ``[M]`` each for the ``M = N T`` tokens; ``logprobs`` is a scalar unless the reduction
+        is ``"none"``.
 
     Raises:
         As :func:`nca_kernels.linear_token_stats`.
@@ -157,7 +158,7 @@ def linear_cross_entropy(
 
 
 def _check_selection(logits: Tensor, index: Tensor, row_mask: Tensor | None, several: bool) -> None:
-    """What TRL's functions ask of their tensors; ``several``: an index may hold K ids a row."""
+    """Check the tensors of TRL's functions; with ``several``, an index may hold K ids a row."""
     checks.floating("logits", logits)
     checks.integer("index", index)
     if logits.ndim < 2 or logits.shape[-1] < 1:
@@ -186,7 +187,7 @@ def _result_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _tempered(logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:
-    """Logits, and the ``scale`` by which they are still to be multiplied."""
+    """Logits, and the ``scale`` by which the kernel multiplies them."""
     if not isinstance(temperature, Tensor):
         return logits, 1.0 / checks.positive("temperature", temperature)
     if temperature.numel() != 1:

@@ -14,12 +14,12 @@ from .segments import sequence_sums, shift_labels
 
 
 class TokenStats(NamedTuple):
-    """What :func:`token_stats` returns."""
+    """What :func:`token_stats` and :func:`linear_token_stats` return; each field has the shape of ``labels``."""
 
-    logps: Tensor
-    entropy: Tensor
-    lse: Tensor
-    top1: Tensor
+    logps: Tensor  # log-probs of the labels in nats, float32 (float64 for float64 inputs), as the next two
+    entropy: Tensor  # in nats
+    lse: Tensor  # log-sum-exp of the row
+    top1: Tensor  # bool: the label has the row's largest logit
 
 
 def token_logps(
@@ -46,26 +46,28 @@ def token_logps(
         shift: the label of ``logits[:, t]`` is ``labels[:, t + shift]``; 1 is the Hugging Face convention. The last ``shift``
             positions of a row have no label and count as ignored. ``[M, V]`` takes 0 only.
         ignore_index: positions with this label are not read: log-prob 0, gradient 0.
-        scale: factor of the logits, > 0; a temperature ``t`` is ``scale = 1 / t``. Where the model has a softcap ``c``, which
-            belongs before the temperature, it is ``scale = 1 / t, softcap = c / t``.
+        scale: factor of the logits, > 0; a temperature ``t`` is ``scale = 1 / t``. For a model with a softcap ``c``, which applies
+            before the temperature, pass ``scale = 1 / t, softcap = c / t``.
         softcap: > 0, or ``None`` for none.
-        inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. Whatever else
-            needs them for a backward of its own (another call, a ``tanh`` that made them) gets PyTorch's error on tensors
-            modified in place. The gradient gets memory of its own where another tensor shares that storage (beside the one
-            that ``logits`` is a view of), where saved-tensor hooks (checkpointing, offloading) hold the logits for this call or
-            for the operator that made them, in a compiled graph, and with ``backend="torch"``.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can (:func:`explain`).
+        inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. Any other operator that
+            saved the logits for its backward (another call, a ``tanh`` that made them) gets PyTorch's error on tensors modified in
+            place. The gradient still gets memory of its own in four cases: another tensor shares that storage (other than the one
+            that ``logits`` is a view of); saved-tensor hooks (checkpointing, offloading) hold the logits for this call or for the
+            operator that made them; the call is in a compiled graph; ``backend="torch"``.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can run the
+            call (:func:`explain`).
 
     Returns:
-        float32 (float64 for float64 logits), the shape of ``labels``; position ``t`` is that of the logits.
+        Log-probs in nats, float32 (float64 for float64 logits), in the shape of ``labels``; position ``t`` is that of the logits.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        IndexError: a label outside ``[0, V)`` that is not ``ignore_index``, on the CPU. On a GPU, where looking would cost
-            a sync (and with ``backend="torch"`` in a compiled graph or under ``vmap``), that row's log-prob and gradient are
-            NaN; ``NCA_KERNELS_CHECK=1`` turns that into the error on a GPU.
-        RuntimeError: the named backend cannot run, with every reason.
-        NotImplementedError: second derivatives and ``torch.func`` transforms but ``vmap``, except on ``backend="torch"``.
+        IndexError: a label outside ``[0, V)`` that is not ``ignore_index``, on the CPU. On a GPU, where the check would cost
+            a sync, that row's log-prob and gradient are NaN; ``NCA_KERNELS_CHECK=1`` raises the error there, too. They are also NaN
+            with ``backend="torch"`` in a compiled graph or under ``vmap``.
+        RuntimeError: the named backend cannot run; the message has every reason.
+        NotImplementedError: second derivatives, and ``torch.func`` transforms other than ``vmap``, except on
+            ``backend="torch"``.
 
     Source: log-probs enter the losses through r = beta * (logp - ref_logp), Chen et al. 2024 (arXiv 2402.05369).
 
@@ -95,7 +97,7 @@ def token_stats(
     entropy_gradient: bool = False,
     backend: str | None = None,
 ) -> TokenStats:
-    r"""The log-probability of each label with its row's entropy, log-sum-exp and top-1 hit, in one read of the logits.
+    r"""The log-probability of each label, and its row's entropy, log-sum-exp and top-1 hit, in one read of the logits.
 
     With the ``z`` of :func:`token_logps` and ``p = softmax(z[t])``::
 
@@ -104,17 +106,17 @@ def token_stats(
         lse      log sum_v exp(z[t, v])
         top1     z[t, labels[t + shift]] = max_v z[t, v]
 
-    The backward reads the logits once and writes their gradient once, whichever of the outputs it comes from.
+    The backward reads the logits once and writes their gradient once, whichever outputs have upstream gradients.
 
     Args:
-        logits, labels, shift, ignore_index, scale, softcap, backend: as in :func:`token_logps`. ``logits`` gets a gradient, from
-            ``logps`` and ``lse``, and from ``entropy`` if asked.
-        entropy_gradient: ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; otherwise it is detached.
+        logits, labels, shift, ignore_index, scale, softcap, backend: as in :func:`token_logps`. ``logits`` gets a gradient from
+            ``logps`` and ``lse``, and from ``entropy`` with ``entropy_gradient``.
+        entropy_gradient: if true, ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; if false, it is detached.
 
     Returns:
-        ``TokenStats(logps, entropy, lse, top1)``, each of the shape of ``labels``: three times float32 (float64 for float64
-        logits) and bool. Ignored positions hold 0, 0, 0 and False; where ``logps`` is NaN, so are ``entropy`` and ``lse``, and
-        ``top1`` is False.
+        ``TokenStats(logps, entropy, lse, top1)``, each in the shape of ``labels``. The first three are float32 (float64 for float64
+        logits), in nats; ``top1`` is bool. Ignored positions hold 0, 0, 0 and False. Where ``logps`` is NaN, ``entropy`` and
+        ``lse`` are NaN, too, and ``top1`` is False.
 
     Raises:
         As :func:`token_logps`.
@@ -152,25 +154,26 @@ def sequence_logps(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The log-probability of each sequence: the sum of its tokens' (:func:`token_logps`), or their average.
+    r"""The log-probability of each sequence: the sum, or the average, of the log-probs of its tokens (:func:`token_logps`).
 
-    ``logp = sum over t of log softmax(z[t])[labels[t + shift]]`` over the positions with a label, with the z of
-    :func:`token_logps`; ``average=True`` divides by their number.
+    ``logp = sum over t of log softmax(z[t])[labels[t + shift]]`` over the labelled positions, with the ``z`` of
+    :func:`token_logps`. ``average=True`` divides by the number of labelled positions.
 
     Args:
         logits: ``[N, T, V]``, any leading dimensions, or ``[M, V]`` with ``cu_seqlens``. Gets a gradient.
         labels, shift, ignore_index, scale, softcap, inplace_backward, backend: as in :func:`token_logps`.
         average: divide by the number of labelled tokens of the sequence; a sequence without any gives 0.
-        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to ``M``: the bounds of sequences packed into one row
-            ``[M, V]`` or ``[1, M, V]``. ``shift`` then stays inside each of them. Its values are checked where that costs
-            no sync: on the CPU, or under ``NCA_KERNELS_CHECK=1``. Elsewhere nothing outside of the row is read.
+        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to ``M``: the bounds of S sequences packed into one row
+            ``[M, V]`` or ``[1, M, V]``. ``shift`` then stays within each sequence. The values are checked on the CPU, and on a GPU,
+            where that costs a sync, under ``NCA_KERNELS_CHECK=1``. Unchecked bounds make no kernel read outside the row.
 
     Returns:
-        float32 ``[N]`` (the leading shape without the last dimension), or ``[S]`` with ``cu_seqlens``.
+        Log-probs in nats, float32 (float64 for float64 logits): ``[N]``, the shape of ``labels`` without its last dimension, or
+        ``[S]`` with ``cu_seqlens``.
 
     Raises:
-        As :func:`token_logps`; in a compiled graph ``RuntimeError`` for bounds that do not rise from 0 to ``M`` (not with
-        PyTorch 2.6, which drops the check).
+        As :func:`token_logps`. In a compiled graph, ``RuntimeError`` for bounds that do not rise from 0 to ``M`` (PyTorch 2.6
+        drops this check).
 
     Source: the log pi(y|x) of Chen et al. 2024 (arXiv 2402.05369).
 
@@ -198,7 +201,7 @@ def _check_logits(logits: Tensor, labels: Tensor, shift: int, ignore_index: int,
 
 
 def check_rows(labels: Tensor, values: Tensor, name: str, shift: int, ignore_index: int, cu_seqlens: Tensor | None) -> None:
-    """What the functions of logits and of hidden states (``values``) ask of labels and segment bounds alike."""
+    """Check labels and segment bounds against ``values``, the logits or hidden states."""
     checks.rows(labels, tuple(values.shape[:-1]), name, shift, cu_seqlens)
     checks.same_device("labels", labels, name, values)
     checks.integer_between("ignore_index", ignore_index, checks.INT64.min, checks.INT64.max, "an int of 64 bits")
@@ -218,7 +221,7 @@ def _row_options(
 def _token_logps(logits: Tensor, labels: Tensor, inplace_backward: bool, rows: RowOptions) -> Tensor:
     """:func:`token_logps` after its checks of shapes, for labels already shifted."""
     checks.flag("inplace_backward", inplace_backward)
-    # A compiled graph never overwrites, and the question would make its sizes constants.
+    # A compiled graph never overwrites the logits, and this check would turn its sizes into constants.
     if inplace_backward and not torch.compiler.is_compiling() and memory.rows_overlap(logits):
         shared = "one row for several positions" if 0 in logits.stride() else "rows that overlap"
         raise ValueError(
@@ -233,7 +236,7 @@ def _token_logps(logits: Tensor, labels: Tensor, inplace_backward: bool, rows: R
 
 
 def check_vocabulary(labels: Tensor, ignore_index: int, V: int) -> None:
-    """What the operators of the kernels do themselves, for the backend that has no operator."""
+    """Check the labels for backend ``torch``; the operators of the other backends do it themselves."""
     if not torch.compiler.is_compiling() and checks.are_read(labels):
         checks.vocabulary(labels, ignore_index, V)
 

@@ -1,8 +1,9 @@
-"""Log-probs and token statistics from hidden states and the head's weight, without ever holding the logits of all tokens.
+"""Log-probs and token statistics from hidden states and the head's weight, without holding the logits of all tokens.
 
-Labelled rows are gathered first, so ignored tokens cost no arithmetic. Then tiles, a block of rows by a slice of the vocabulary:
-PyTorch's GEMM into one reused buffer, and the backend's row kernels on it. :mod:`nca_kernels.slices` merges the slices.
-``docs/math.md`` has the derivations; the operators around this file are in :mod:`nca_kernels.ops`.
+Labelled rows are gathered first, so ignored tokens cost no arithmetic. The rest works on tiles; a tile is a block of rows by a
+slice of the vocabulary. PyTorch's GEMM writes the logits of a tile into a buffer that all tiles share, and the backend's row
+kernels read them there. :mod:`nca_kernels.slices` merges the slices. ``docs/math.md``, section 4, has the derivations; the
+operators that call this module are in :mod:`nca_kernels.ops`.
 
 Shapes: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``, ``stats [3 or 4, M]``.
 """
@@ -23,9 +24,9 @@ from .tiles import ProductSum, Tiling
 
 
 class Rows(NamedTuple):
-    """Which rows have a label, as tensors of a size known beforehand, so that forward can pass them to backward.
+    """Which rows have a label, as tensors of a size known in advance, so that forward can pass them to backward.
 
-    Their number on a GPU is worth one sync: it is what makes ignored rows free. It stays on the host for the backward.
+    On a GPU, reading their number costs one sync, and it makes ignored rows free. The number stays on the host for the backward.
     """
 
     indices: Tensor  # int64 [M], the labelled rows first
@@ -38,12 +39,12 @@ class Rows(NamedTuple):
 
 
 def is_captured(values: Tensor) -> bool:
-    """Is a CUDA graph recording what is done to these? It cannot wait for a number of theirs."""
+    """Whether a CUDA graph is recording the work on ``values``. It cannot wait for a number read from them."""
     return values.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def labelled_rows(labels: Tensor, ignore_index: int) -> Rows:
-    """The rows with a label; in a CUDA graph all rows, where the row kernels still leave out ignored ones."""
+    """The rows with a label. In a CUDA graph it is all rows, and the row kernels skip the ignored ones."""
     indices = torch.zeros_like(labels)
     if is_captured(labels):
         return Rows(indices, torch.tensor([len(labels)]))
@@ -53,7 +54,7 @@ def labelled_rows(labels: Tensor, ignore_index: int) -> Rows:
 
 
 def gather(values: Tensor, rows: Tensor | None, dim: int = 0) -> Tensor:
-    """The labelled rows of ``values``."""
+    """The labelled rows of ``values``; ``rows`` is ``None`` for all rows."""
     return values if rows is None else values.index_select(dim, rows)
 
 
@@ -70,18 +71,18 @@ def scatter(values: Tensor, rows: Tensor | None, M: int, dim: int = 0) -> Tensor
 
 
 class Forward(NamedTuple):
-    """What :func:`forward` leaves."""
+    """The results of :func:`forward`."""
 
     stats: Tensor  # [3 or 4, M]; (0, 1, 0, 0) where ignored
-    u: Tensor  # dlogp/dhidden [M, D] in float32, of a frozen head, 0 where ignored; else empty
-    w: Tensor  # dentropy/dhidden [M, D] likewise, if asked for; else empty
+    u: Tensor  # dlogp/dhidden [M, D] in float32 for a frozen head, 0 where ignored; empty otherwise
+    w: Tensor  # dentropy/dhidden [M, D], likewise, if with_entropy; empty otherwise
 
 
 def forward(head: Head, hidden: Tensor, labels: Tensor, rows: Rows, kept: Tensor, stat_rows: int, with_entropy: bool) -> Forward:
     """``stat_rows`` statistics of every labelled row and, for a frozen head, the derivatives that backward scales.
 
-    ``kept`` is flat room for logits, where as many columns as fit stay for :func:`backward`. With a group, ``u`` and ``w`` are
-    this rank's addends to the sum over ranks.
+    ``kept`` is a flat buffer; the logits of as many columns as fit are kept there for :func:`backward`. With a process group, ``u``
+    and ``w`` are this rank's terms of the sum over ranks.
     """
     settings = head.settings
     frozen = settings.mode == "frozen"
@@ -126,7 +127,7 @@ def frozen_backward(
     w: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``dhidden = dlogps u + dlse (dtarget - u) + dentropy w``, since lse = target - logp; ``weight`` serves dlse alone."""
+    """``dhidden = dlogps u + dlse (dtarget - u) + dentropy w``, since lse = target - logp; only dlse needs ``weight``."""
     ignored = labels == settings.ignore_index
     dlogps, dlse, dentropy = upstream.map(lambda gradient: gradient.masked_fill(ignored, 0.0)[:, None])
     dhidden = u.new_empty(u.shape, dtype=u.dtype if settings.group else dtype)
@@ -138,7 +139,7 @@ def frozen_backward(
             assert weight is not None
             head = Head(weight, None, settings)
             _, held = head.column_of(labels, slice(0, len(weight)))
-            # Ignored rows have any row of the head here, which may hold inf.
+            # For ignored rows dtarget is an arbitrary row of the head, which may hold inf.
             total.addcmul_(head.dtarget(labels, stats[2]).masked_fill_(~held[:, None], 0.0), dlse)
         if dentropy is not None:
             total.addcmul_(w, dentropy)
@@ -149,9 +150,10 @@ def frozen_backward(
 def backward(
     head: Head, upstream: Upstream, hidden: Tensor, labels: Tensor, stats: Tensor, rows: Rows, kept: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dhidden``, ``dweight`` and ``dbias``, each empty unless ``needs`` says so, from logits kept or made again.
+    """``dhidden``, ``dweight`` and ``dbias``, each empty unless it is in ``needs``, from kept logits or logits computed again.
 
-    Slices outside, blocks inside: a slice of dweight is then whole before the next, with no float32 copy of all of it.
+    The outer loop runs over slices, the inner one over blocks. A slice of dweight is then complete before the next one begins, and
+    no float32 copy of all of dweight is needed.
     """
     selected = rows.selected()
     x, y, stats = gather(hidden, selected), gather(labels, selected), gather(stats, selected, dim=1)
@@ -165,7 +167,7 @@ def backward(
             logits, is_kept = tiling.logits(block, columns)
             if not is_kept:
                 head.logits(x[block], columns, out=logits)
-            dlogits = tiling.tile(block, columns)  # kept logits stay, for a second backward
+            dlogits = tiling.tile(block, columns)  # kept logits are not overwritten, for a second backward
             head.dlogits(upstream.rows(block), logits, y[block], stats[:, block].contiguous(), columns, out=dlogits)
             sums.add(i, tiling.operand(dlogits))
     dx, dweight, dbias = sums.dx, sums.dweight, sums.dbias
@@ -177,14 +179,14 @@ def backward(
 
 
 class _Sums:
-    """The gradients of a trained head as sums over tiles, slices outside and blocks inside."""
+    """The gradients of a trained head as sums over tiles; the outer loop runs over slices, the inner one over blocks."""
 
     def __init__(self, head: Head, x: Tensor, tiling: Tiling, needs: list[bool]) -> None:
         self.head, self.x, self.tiling, self.needs = head, x, tiling, needs
         self.dx = torch.empty_like(x, dtype=torch.float32 if head.settings.group else x.dtype) if needs[0] else x.new_empty(0)
         self.dweight = memory.empty(head.weight.shape if needs[1] else (0,), x.dtype, x.device)
         self.dbias = x.new_empty(len(head.weight) if needs[2] else 0)
-        if not tiling.blocks:  # no labelled row, so no product to write them
+        if not tiling.blocks:  # no labelled row, so no product writes them
             self.dweight.zero_()
             self.dbias.zero_()
         self.ones = x.new_ones((1, len(x)))
@@ -197,7 +199,7 @@ class _Sums:
         self.dbias_sum = ProductSum(self.dbias[None, columns], terms) if self.needs[2] else None
 
     def add(self, i: int, dlogits: Tensor) -> None:
-        """The tile of block ``i`` and the columns begun."""
+        """Add the tile of block ``i`` and of the columns given to :meth:`begin`."""
         block = self.tiling.blocks[i]
         if self.needs[0]:
             self.dx_sums[i].add(dlogits, self.head.weight[self.columns])

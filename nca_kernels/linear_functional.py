@@ -33,8 +33,8 @@ def linear_token_logps(
     r"""The log-probability of each label from hidden states and the head: :func:`token_logps` of
     ``logits = hidden @ weight.T + bias``, which are never held as ``[N, T, V]``.
 
-    In units of the one GEMM: 1 without a gradient, 2 where only ``hidden`` needs one (the head is frozen), 4 where the head
-    is trained, down to 3 as ``save_budget`` grows. Ignored positions cost no arithmetic.
+    The cost is 1 GEMM without a gradient, 2 if only ``hidden`` needs one (the head is frozen), and 4 if the head is trained, down
+    to 3 as ``save_budget`` grows. Ignored positions cost no arithmetic.
 
     Args:
         hidden: ``[N, T, D]`` or ``[M, D]``, any leading dimensions; float32, bfloat16 or float16 (float64 on
@@ -42,22 +42,24 @@ def linear_token_logps(
         weight: ``[V, D]``, the dtype of ``hidden``, as ``lm_head.weight``. Gets a gradient, summed over tiles in float32.
         labels, shift, ignore_index, scale, softcap, backend: as in :func:`token_logps`.
         bias: ``[V]``, the dtype of ``hidden``. Gets a gradient.
-        logits_dtype: ``torch.float32`` keeps the logits of 16-bit inputs in float32, so that a log-prob is right to 1e-5, not
-            to the spacing of its logit; gradients are still products of 16-bit matrices. ``None``: the dtype of ``hidden``.
-        save_budget: bytes of logits that a trained head keeps from forward instead of computing them again.
-        tp_group: the process group of a vocabulary-parallel head; ``weight`` and ``bias`` are then this rank's rows (slices may
-            be uneven), ``hidden`` and ``labels`` the same on every rank. A ``DTensor`` weight sharded on dim 0 names its own.
+        logits_dtype: ``torch.float32`` keeps the logits of 16-bit inputs in float32: a log-prob is then accurate to 1e-5 and not
+            only to the spacing of its logit. Gradients are still products of 16-bit matrices. ``None``: the dtype of ``hidden``.
+        save_budget: bytes of logits that a trained head keeps from forward to backward instead of computing them again; >= 0.
+        tp_group: the process group of a vocabulary-parallel head. ``weight`` and ``bias`` are then this rank's rows, whose number
+            may differ between ranks; ``hidden`` and ``labels`` are the same on every rank. For a ``DTensor`` weight sharded on
+            dim 0 it is not read: the weight's mesh is the group.
 
-    Under autocast the GEMM runs in the autocast dtype. ``NCA_KERNELS_TILE_BYTES`` overrides the size of a tile, on which the
-    result depends by rounding alone.
+    Under autocast the GEMM runs in the autocast dtype. ``NCA_KERNELS_TILE_BYTES`` overrides the size of a tile; the result
+    depends on it by rounding alone.
 
     Returns:
-        float32 (float64 for float64 inputs), the shape of ``labels``.
+        Log-probs in nats, float32 (float64 for float64 inputs), in the shape of ``labels``.
 
     Raises:
-        As :func:`token_logps`; ``ValueError`` for a ``DTensor`` placement it cannot use.
+        As :func:`token_logps`. ``ValueError`` for a ``DTensor`` weight that is not sharded on dim 0 over a 1-D mesh, and
+        for ranks whose labels differ.
 
-    Source: ``docs/math.md``; Chen et al. 2024 (arXiv 2402.05369) for what the log-probs are for.
+    Source: ``docs/math.md``, section 4. The log-probs are the log pi(y|x) of Chen et al. 2024 (arXiv 2402.05369), token by token.
 
     Example:
         >>> hidden, weight = torch.eye(2).unsqueeze(0), torch.zeros(4, 2)
@@ -88,7 +90,7 @@ def linear_sequence_logps(
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The log-probability of each sequence from hidden states: the sum of :func:`linear_token_logps`, or the average.
+    r"""The log-probability of each sequence from hidden states: the sum, or the average, of :func:`linear_token_logps`.
 
     :func:`sequence_logps` of ``logits = hidden @ weight.T + bias``, which are never held.
 
@@ -98,12 +100,12 @@ def linear_sequence_logps(
         average, cu_seqlens: as in :func:`sequence_logps`.
 
     Returns:
-        float32 ``[N]``, or ``[S]`` with ``cu_seqlens``.
+        Log-probs in nats, float32 (float64 for float64 inputs): ``[N]``, or ``[S]`` with ``cu_seqlens``.
 
     Raises:
         As :func:`linear_token_logps`.
 
-    Source: ``docs/math.md``.
+    Source: ``docs/math.md``, section 4.
 
     Example:
         >>> linear_sequence_logps(torch.zeros(1, 3, 2), torch.zeros(4, 2), torch.tensor([[3, 1, 2]]), shift=1)
@@ -136,18 +138,17 @@ def linear_token_stats(
     r"""Log-prob, entropy, log-sum-exp and top-1 hit of each label from hidden states: :func:`token_stats` of
     ``logits = hidden @ weight.T + bias``, which are never held as ``[N, T, V]``.
 
-    The GEMMs are those of :func:`linear_token_logps`, whatever is differentiated, and one more where the head is frozen and
-    the entropy has a gradient.
+    The number of GEMMs is that of :func:`linear_token_logps`, whichever outputs have upstream gradients, and one more if the
+    head is frozen and the entropy has a gradient.
 
     Args:
         hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, tp_group, backend: as in
-            :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients, from ``logps``, ``lse`` and, if asked
-            for, ``entropy``.
-        entropy_gradient: ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; otherwise it is detached.
+            :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients from ``logps``, ``lse`` and,
+            with ``entropy_gradient``, ``entropy``.
+        entropy_gradient: if true, ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; if false, it is detached.
 
     Returns:
-        ``TokenStats(logps, entropy, lse, top1)`` as :func:`token_stats` has it: three times float32 (float64 for float64
-        inputs) and bool, each of the shape of ``labels``.
+        ``TokenStats(logps, entropy, lse, top1)`` as :func:`token_stats` returns it, each in the shape of ``labels``.
 
     Raises:
         As :func:`linear_token_logps`.
@@ -172,7 +173,7 @@ def linear_token_stats(
 
 
 class _Call(NamedTuple):
-    """The arguments of a linear function after its checks: labels shifted, the head this rank's."""
+    """The arguments of a linear function after its checks, with shifted labels and this rank's rows of the head."""
 
     hidden: Tensor
     weight: Tensor
@@ -236,8 +237,8 @@ def _prepare(
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The tensors in the active autocast dtype, if there is one; float64 stays, as in autocast's own matrix products."""
-    # "meta" has no autocast to ask for.
+    """The tensors in the active autocast dtype, if any; float64 is not cast, as in autocast's own matrix products."""
+    # The device "meta" has no autocast.
     if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -256,7 +257,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: str)
         if value is not None:
             checks.tensor(name, value, (hidden.dtype,), f"a tensor of {hidden.dtype}, the dtype of hidden")
             checks.same_device(name, value, "hidden", hidden)
-    empty = weight.shape[:1] == (0,) and not group  # a rank without rows is found out where all ranks are
+    empty = weight.shape[:1] == (0,) and not group  # a rank without rows is detected where the ranks compare their sizes
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(f"weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1")
     if bias is not None:

@@ -1,4 +1,4 @@
-"""The head of a linear family call: its rows of the vocabulary, its settings, and what is computed from one tile of logits.
+"""The language model's head: its weight and bias, its settings, and the computation on one tile of logits.
 
 Shapes, for a tile of R rows and C columns: ``hidden [R, D]``, ``logits [R, C]``, ``labels [R]``, ``stats [3 or 4, R]``.
 """
@@ -17,7 +17,7 @@ from .tiles import exact_product
 
 
 class Settings(NamedTuple):
-    """How ``z`` comes from logits, which columns the head has and what is kept: the last arguments of every linear operator."""
+    """How ``z`` is computed, which columns the head has and what is kept: the last arguments of every linear operator."""
 
     ignore_index: int
     scale: float
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     vocab_start: int  # the first column of this head
     vocab_total: int  # the columns of all ranks
     group: str  # the process group of a vocabulary-parallel head, "" for none
-    mode: str  # "none": no gradient; "frozen": of hidden alone; "trained": of weight or bias, too
+    mode: str  # which inputs need a gradient: "none"; "frozen": hidden alone; "trained": weight or bias
     save_budget: int  # bytes of logits kept from forward to backward
 
     @property
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Upstream gradients ``[R]`` in float32; ``None`` where nothing is differentiated through that output."""
+    """Upstream gradients ``[R]`` in float32; ``None`` for an output without one."""
 
     dlogps: Tensor
     dlse: Tensor | None = None
@@ -51,7 +51,7 @@ class Upstream(NamedTuple):
 
 @dataclass
 class Head:
-    """``weight [V, D]`` and ``bias [V]``: the columns from ``settings.vocab_start`` of the whole vocabulary."""
+    """``weight [V, D]`` and ``bias [V]``: the columns of the vocabulary from ``settings.vocab_start`` on."""
 
     weight: Tensor
     bias: Tensor | None
@@ -69,12 +69,12 @@ class Head:
             torch.addmm(self.bias[columns], hidden, weight.t(), out=out)
 
     def stats(self, logits: Tensor, labels: Tensor, columns: slice, out: Tensor) -> None:
-        """The statistics of these columns, as many rows as ``out`` has."""
-        logps = torch.empty_like(labels, dtype=torch.float32)  # under the softmax of these columns: not used
+        """Write the statistics of these columns to ``out``: 3 of each row, or 4."""
+        logps = torch.empty_like(labels, dtype=torch.float32)  # under the softmax of these columns; not used
         self.settings.rows.forward(logits[None], labels[None], logps[None], out[:, None], **self._slice(columns))
 
     def dlogits(self, upstream: Upstream, logits: Tensor, labels: Tensor, stats: Tensor, columns: slice, out: Tensor) -> None:
-        """The gradient of the tile; ``out`` may be ``logits``."""
+        """Write the gradient of the tile to ``out``, which may be ``logits``."""
         dlse, dentropy = (None if gradient is None else gradient[None] for gradient in upstream[1:])
         self.settings.rows.backward(
             upstream.dlogps[None],
@@ -91,7 +91,7 @@ class Head:
         return {"vocab_start": self.settings.vocab_start + columns.start, "vocab_total": self.settings.vocab_total}
 
     def column_of(self, labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """The label's column among these (any column where it is not among them), and whether it is among them."""
+        """The label's column within ``columns``, and whether the label is in ``columns``; if not, the column is arbitrary."""
         column = labels - (self.settings.vocab_start + columns.start)
         width = columns.stop - columns.start
         return column.clamp(0, width - 1), (column >= 0) & (column < width)

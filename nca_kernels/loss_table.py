@@ -1,4 +1,4 @@
-"""The losses, pairs and reductions of ``group_loss`` by name, and its operator's arguments. Every layer may import it."""
+"""The losses, pairs and reductions of ``group_loss`` by name, and the arguments of its operator. Every layer may import it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Loss(NamedTuple):
-    """What callers and backends need to know about a loss; its mathematics is in ``reference.py``."""
+    """A loss, as callers and backends see it; its formula is in ``reference.py``."""
 
-    takes: tuple[str, ...]  # its arguments, beside those that every loss takes
+    takes: tuple[str, ...]  # its arguments, in addition to those that every loss takes
     has_kernels: bool = True  # False: it runs on backend "torch" alone
 
 
@@ -39,7 +39,7 @@ class GroupLossArguments(NamedTuple):
     baseline: Tensor | None  # [1]; None: 0
     name: str
     beta: float
-    alpha: float  # 0 for a loss that takes none: uniform weights over the best-scored responses
+    alpha: float  # 0 for a loss without alpha: uniform weights over the best-scored responses
     pairs: str
     label_smoothing: float
     nll_weight: float
@@ -47,9 +47,9 @@ class GroupLossArguments(NamedTuple):
     backend: str
 
     def wants_several_blocks(self) -> bool:
-        """Whether a GPU adds up the prompts' losses in a second launch, so that more than one block may compute them.
+        """Whether a GPU computes the prompts' losses in several blocks and adds them up in a second launch.
 
-        One block takes a batch of a usual size in less time than the second launch costs.
+        For a batch of a usual size, one block takes less time than the second launch costs.
         """
         B, K = self.logps.shape
         return B * K * K > 2**15

@@ -19,14 +19,14 @@ _NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, *che
 
 
 class GroupLoss(NamedTuple):
-    """What :func:`group_loss` returns."""
+    """What :func:`group_loss` and the named losses return."""
 
-    loss: Tensor
-    rewards: Tensor
+    loss: Tensor  # a scalar, or [B] with reduction "none"; has a gradient
+    rewards: Tensor  # [B, K], the implicit rewards r, detached; 0 where masked
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of :func:`group_loss`."""
+    """The keyword arguments of :func:`group_loss` and of the named losses."""
 
     beta: float
     alpha: float | None
@@ -71,10 +71,12 @@ def group_loss(
         kto            mean over responses of  1 - sigmoid(beta (l - z)) if desirable, 1 - sigmoid(beta (z - l)) if not
         plackett_luce  mean over responses of  - (r_i - logsumexp of r_j over s_j <= s_i)
 
-    and to each is added ``- nll_weight * sum_i w_i logps_i / n_i``. ``plackett_luce`` leaves out a response that has no other
-    scored at or below it. A prompt with nothing to learn from (no valid response; for ``dpo``, ``ipo`` and ``plackett_luce`` no
-    two different scores; for ``biased_nca`` one response) gives loss 0 and gradient 0, beside that term. A NaN among a prompt's
-    valid inputs makes its loss and its gradients NaN; the gradients of other prompts stay as they are.
+    ``- nll_weight * sum_i w_i logps_i / n_i`` is added to each. ``plackett_luce`` leaves out a response that has no other scored at
+    or below it.
+
+    A prompt that states no preference has loss 0 and gradient 0, apart from that added term: a prompt without a valid response; for
+    ``dpo``, ``ipo`` and ``plackett_luce`` one without two different scores; for ``biased_nca`` one with a single response. A NaN
+    among a prompt's valid inputs makes its loss and its gradients NaN; the gradients of other prompts do not change.
 
     Args:
         name: one of the losses above.
@@ -82,34 +84,35 @@ def group_loss(
             on ``backend="torch"``). The one argument that gets a gradient.
         ref_logps: the same under the reference model; must not require a gradient.
         scores: explicit rewards, ``[B, K]``, of any floating or integer dtype (computed in float32). ``None``: column 0 is the
-            chosen response, and a prompt whose column 0 is masked has nothing to learn from.
+            chosen response, and a prompt whose column 0 is masked has loss 0.
         beta: > 0, the strength of the implicit reward.
-        alpha: for ``info_nca``, ``nca`` and ``biased_nca``, >= 0, the temperature of the scores, in their unit; 0: all weight on
-            the best-scored responses, as for the losses without ``alpha``. ``None``: 1. It has no
-            effect without ``scores``: all weight is on column 0.
-        mask: bool ``[B, K]``, true where there is a response (ragged K); ``None``: everywhere. The values of the other arguments
-            elsewhere do not matter.
-        pairs: for ``dpo`` and ``ipo``. ``"best_vs_rest"``, or ``None``: each best-scored response against each lower-scored
-            one; ``"all"``: every pair of different scores. Equal scores are no pair.
-        lengths: for ``ipo`` and for ``nll_weight``, the labelled tokens of each response, ``[B, K]``, floating or integer; 0
-            counts as 1. ``None``, for ``ipo``: log-probs are averages already.
+        alpha: for ``info_nca``, ``nca`` and ``biased_nca``, >= 0, the temperature of the scores, in their unit. 0 puts all
+            weight on the best-scored responses, as in the losses without ``alpha``. ``None``: 1. It has no effect without
+            ``scores``: all weight is then on column 0.
+        mask: bool ``[B, K]``, true where there is a response (prompts may have different numbers of them); ``None``: everywhere.
+            Where it is false, the values of the other arguments do not matter.
+        pairs: for ``dpo`` and ``ipo``. ``"best_vs_rest"``, or ``None``: each best-scored response is paired with each lower-scored
+            one. ``"all"``: every two responses with different scores are a pair. Equal scores never are.
+        lengths: for ``ipo`` and for ``nll_weight``, the number of labelled tokens of each response, ``[B, K]``, floating or
+            integer; 0 counts as 1. ``None``, for ``ipo``: the log-probs are averages over tokens already.
         desirable: for ``kto``, bool ``[B, K]``; ``None``: the best-scored responses.
         baseline: for ``kto``, ``z`` in nats, a number or one-element tensor, detached and clamped to >= 0; ``None``: 0.
         label_smoothing: for ``dpo``, in [0, 0.5), the share of pairs whose order is taken to be wrong.
-        nll_weight: >= 0, the weight of the negative log-likelihood per token; above 0 it wants ``lengths``.
+        nll_weight: >= 0, the weight of the negative log-likelihood per token; above 0 it needs ``lengths``.
         reduction: ``"mean"`` over the B prompts, ``"sum"`` or ``"none"``.
         backend: as in :func:`nca_kernels.token_logps`.
 
     Returns:
-        ``GroupLoss(loss, rewards)``: a scalar, or ``[B]`` for ``"none"``; and ``r``, ``[B, K]``, detached, 0 where masked.
+        ``GroupLoss(loss, rewards)``: the loss, a scalar, or ``[B]`` for ``"none"``; and ``r``, ``[B, K]``, detached, 0 where
+        masked. Both are float32 (float64 for float64 ``logps``).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; ``K < 1``; an unknown loss; an
             argument that the loss does not take.
-        RuntimeError: the named backend cannot run, with every reason.
+        RuntimeError: the named backend cannot run; the message has every reason.
         NotImplementedError: second derivatives, except on ``backend="torch"``.
 
-    Source: Chen et al. 2024 (arXiv 2402.05369), its baselines included; see ``docs/math.md``.
+    Source: Chen et al. 2024 (arXiv 2402.05369) and the sources of the named losses; derived in ``docs/math.md``, section 6.
 
     Example:
         >>> logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
@@ -173,7 +176,7 @@ def group_loss(
 
 
 def check_terms(name: str, label_smoothing: float, nll_weight: float) -> tuple[float, float]:
-    """The two numbers as floats; ``ValueError``, ``TypeError`` for what the loss ``name`` cannot use, by the argument's name."""
+    """The two numbers as floats; ``ValueError`` or ``TypeError`` for a value that the loss ``name`` cannot use."""
     label_smoothing = checks.non_negative("label_smoothing", label_smoothing)
     if label_smoothing >= 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing}, wanted a number in [0, 0.5)")
@@ -183,14 +186,14 @@ def check_terms(name: str, label_smoothing: float, nll_weight: float) -> tuple[f
 
 
 def _refuse_unused(name: str, given: Mapping[str, object], used: tuple[str, ...] = ()) -> None:
-    """``ValueError`` for an argument that neither the loss ``name`` takes nor another term uses: it would have no effect."""
+    """``ValueError`` for an argument that neither the loss ``name`` nor another term uses: it would have no effect."""
     for argument, value in given.items():
         if value is not None and argument not in LOSSES[name].takes and argument not in used:
             raise ValueError(f"{argument}: got a value, wanted none: the loss {name!r} does not take it")
 
 
 def _alpha(name: str, alpha: float | None, scores: Tensor | None) -> float:
-    """The temperature of the weights; 0, which is uniform over the best-scored responses, for a loss or a call that has none."""
+    """The temperature of the weights; 0 (uniform over the best-scored) for a loss without one and without scores."""
     alpha = 1.0 if alpha is None else checks.non_negative("alpha", alpha)
     return alpha if scores is not None and "alpha" in LOSSES[name].takes else 0.0
 
@@ -232,12 +235,12 @@ def _reference_group_loss(arguments: GroupLossArguments) -> GroupLoss:
     if reduction == "none":
         return GroupLoss(losses, rewards)
     total = losses.sum()
-    # No prompt at all has nothing to learn from either: 0, not 0 / 0.
+    # The mean over no prompt is 0, not 0 / 0.
     return GroupLoss(total / max(len(losses), 1) if reduction == "mean" else total, rewards)
 
 
 def info_nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
-    r"""InfoNCA, the cross-entropy of the implicit rewards against the explicit ones:
+    r"""InfoNCA, the cross-entropy between the explicit rewards' distribution and that of the implicit rewards:
 
     ``- sum_i w_i log softmax(r)_i``, with ``r = beta * (logps - ref_logps)`` and ``w = softmax(scores / alpha)``.
 
@@ -255,7 +258,7 @@ def info_nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None
 
 
 def nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
-    r"""NCA, which tells each response from noise by itself, so that the best one's likelihood need not fall:
+    r"""NCA, which classifies each response against noise independently, so that the best one's likelihood need not fall:
 
     ``- sum_i [w_i log sigmoid(r_i) + (1 / K) log sigmoid(-r_i)]``, with ``r = beta * (logps - ref_logps)``,
     ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses.
@@ -274,9 +277,9 @@ def nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
-    r"""DPO: the mean over pairs (i scored above j) of ``- log sigmoid(r_i - r_j)``, ``r = beta * (logps - ref_logps)``.
+    r"""DPO: the mean over pairs (i, j), i scored above j, of ``- log sigmoid(r_i - r_j)``, ``r = beta * (logps - ref_logps)``.
 
-    With ``label_smoothing`` e, conservative DPO: ``- (1 - e) log sigmoid(r_i - r_j) - e log sigmoid(r_j - r_i)``.
+    With ``label_smoothing`` e this is conservative DPO: ``- (1 - e) log sigmoid(r_i - r_j) - e log sigmoid(r_j - r_i)``.
 
     Args, returns, raises: as :func:`group_loss` with ``name="dpo"``, whose options are ``beta``, ``mask``, ``pairs``,
     ``label_smoothing``, ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets
@@ -292,7 +295,7 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
 
 
 def ipo_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
-    r"""IPO: the mean over pairs (i scored above j) of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``.
+    r"""IPO: the mean over pairs (i, j), i scored above j, of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``.
 
     ``l = logps - ref_logps`` and ``n = lengths``, in tokens (``None``: 1, for log-probs that are averages already).
 
@@ -328,8 +331,8 @@ def kto_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **o
 def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
     r"""Plackett-Luce, the likelihood of the whole ranking: the mean of ``- (r_i - logsumexp of r_j over s_j <= s_i)``.
 
-    ``r = beta * (logps - ref_logps)``; the mean is over those responses that have another scored at or below them. Ties count
-    in each other's sum (Breslow); a prompt whose scores are all equal gives 0. At K = 2 it is :func:`dpo_loss`.
+    ``r = beta * (logps - ref_logps)``; the mean is over the responses that have another one scored at or below them. Tied responses
+    are in each other's sum (Breslow); a prompt whose scores are all equal has loss 0. At K = 2 it is :func:`dpo_loss`.
 
     Args, returns, raises: as :func:`group_loss` with ``name="plackett_luce"``, whose options are ``beta``, ``mask``,
     ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient. Without ``scores`` column 0 is
@@ -345,10 +348,10 @@ def plackett_luce_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None =
 
 
 def biased_nca_loss(logps: Tensor, ref_logps: Tensor, scores: Tensor | None = None, **options: Unpack[Options]) -> GroupLoss:
-    r"""NCA whose noise is the other responses, by what their weights leave:
+    r"""NCA whose noise term weighs each response by what its weight leaves:
 
     ``- sum_i [w_i log sigmoid(r_i) + (1 - w_i) / (K - 1) log sigmoid(-r_i)]``, with ``r = beta * (logps - ref_logps)``,
-    ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses. One response alone gives 0.
+    ``w = softmax(scores / alpha)`` and K the prompt's own number of valid responses. A prompt with one response has loss 0.
 
     Args, returns, raises: as :func:`group_loss` with ``name="biased_nca"``, whose options are ``beta``, ``alpha``, ``mask``,
     ``lengths``, ``nll_weight``, ``reduction`` and ``backend``. ``logps`` alone gets a gradient,

@@ -1,4 +1,4 @@
-"""A head whose rows are spread over ranks: which slice is this rank's, and the collectives of the linear family."""
+"""The vocabulary-parallel head, whose rows are spread over ranks: this rank's slice, and the collectives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._compat import process_group
 
 
 def all_gather(values: Tensor, group: str) -> tuple[int, Tensor]:
-    """This rank's number and the ``values`` of all ranks, stacked. Merged locally, they are the same bits on every rank."""
+    """This rank's number, and the ``values`` of all ranks, stacked. Merging them gives the same bits on every rank."""
     ranks = process_group(group)
     parts = values.new_empty((ranks.size(), *values.shape))
     dist.all_gather(list(parts), values.contiguous(), group=ranks)
@@ -26,11 +26,11 @@ def all_reduce(values: Tensor, group: str) -> Tensor:
 
 
 def local_head(weight: Any, bias: Any, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor | None, str]:
-    """This rank's rows of ``weight`` and ``bias``, and the name of the group whose ranks hold the others, "" for none.
+    """This rank's rows of ``weight`` and ``bias``, and the name of the group whose ranks hold the other rows, "" for none.
 
-    A ``DTensor`` sharded on dim 0 over one mesh dimension names its own group.
+    For a ``DTensor`` sharded on dim 0 over one mesh dimension, the group is that of its mesh.
     """
-    if not hasattr(weight, "device_mesh"):  # importing DTensor to ask takes most of a second
+    if not hasattr(weight, "device_mesh"):  # not isinstance: importing DTensor takes most of a second
         if tp_group is None:
             return weight, bias, ""
         if not isinstance(tp_group, dist.ProcessGroup):
@@ -48,9 +48,9 @@ def local_head(weight: Any, bias: Any, tp_group: dist.ProcessGroup | None) -> tu
 
 
 def slice_of(rows: int, labels: Tensor, group: str) -> tuple[int, int]:
-    """Where this rank's ``rows`` of the head start, and how many rows there are on all ranks.
+    """The first of this rank's ``rows`` of the head in the vocabulary, and the number of rows on all ranks.
 
-    Asked at every call: if one rank remembered the answer and another did not, that one would wait for ever.
+    The ranks exchange this at every call. If one of them cached it and another did not, the other would wait for ever.
     """
     mine = torch.stack((labels.new_tensor(rows), labels.new_tensor(labels.numel()), _checksum(labels)))
     rank, answers = all_gather(mine, group)
@@ -67,6 +67,6 @@ def slice_of(rows: int, labels: Tensor, group: str) -> tuple[int, int]:
 
 
 def _checksum(labels: Tensor) -> Tensor:
-    """An order-sensitive hash of the labels; integers wrap alike on all devices."""
+    """An order-sensitive hash of the labels; integers overflow in the same way on all devices."""
     position = torch.arange(labels.numel(), device=labels.device)
     return (labels.flatten() + 1_000_003 * position).pow(3).sum()

@@ -1,8 +1,8 @@
-"""The mathematics in plain PyTorch, in the papers' symbols: backend ``torch``, and the kernels' truth.
+"""The formulas in plain PyTorch, with the papers' symbols: backend ``torch``, and what every kernel is tested against.
 
-Float32 and float64, twice differentiable, no host sync. A masked or ignored entry may hold NaN or inf: it is replaced
-*before* the arithmetic, because a multiplication by 0 afterwards leaves 0 * NaN = NaN in the value and in the gradient.
-The derivations are in ``docs/math.md``.
+Float32 and float64, twice differentiable, no host sync. A masked or ignored entry may hold NaN or inf. It is replaced *before* the
+arithmetic, because a multiplication by 0 afterwards leaves 0 * NaN = NaN in the value and in the gradient. The derivations are in
+``docs/math.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def token_logps(
 ) -> Tensor:  # [...]
     r"""``log p(label) = z[label] - log sum_v exp(z[v])``, ``z = scale * logits``, then ``softcap * tanh(z / softcap)``.
 
-    Float64 for float64 logits, else float32. Ignored rows give 0 and get a zero gradient. A label that is neither in
+    Float64 for float64 logits, else float32. Ignored rows have value 0 and gradient 0. A label that is neither in
     ``[0, V)`` nor ``ignore_index`` makes its own row NaN, gradient included. A logit of -inf has probability 0 (without
     a softcap: with one it is capped to ``-softcap`` like any other number).
     """
@@ -49,17 +49,19 @@ def token_stats(
     softcap: float | None = None,
     entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [...] each
-    r""":func:`token_logps`; the entropy ``- sum_v p_v log p_v`` in nats; ``log sum_v exp(z_v)``; is ``z[label]`` the maximum?
+    r"""Log-probs (:func:`token_logps`), entropy ``- sum_v p_v log p_v`` in nats, ``log sum_v exp(z_v)``, and top-1 hits.
 
-    Ignored rows give 0, 0, 0 and False. The entropy is detached unless ``entropy_gradient``. Where the log-prob is NaN, so are
-    entropy and log-sum-exp, and the last is False.
+    A row is a top-1 hit if ``z[label]`` is its maximum.
+
+    Ignored rows have 0, 0, 0 and False. The entropy is detached unless ``entropy_gradient``. Where the log-prob is NaN,
+    entropy and log-sum-exp are NaN, too, and the top-1 hit is False.
     """
     ignored = labels == ignore_index
     legal = (labels >= 0) & (labels < logits.shape[-1])
     z = _transformed(logits, ignored, scale, softcap)
     log_p = z.log_softmax(-1)
     logps = _of_labels(log_p, labels, legal)
-    # From the row's maximum: near 1e4 a log-sum-exp in float32 is too coarse to form the probabilities in its gradient.
+    # The log-sum-exp is taken from the row's maximum: near 1e4, in float32, it is too coarse for the probabilities of its gradient.
     top = z.detach().argmax(-1, keepdim=True)
     poison = torch.where(logps.detach().isnan(), torch.nan, 1.0).to(logps.dtype)
     lse = (z.gather(-1, top) - log_p.gather(-1, top)).squeeze(-1) * poison
@@ -121,7 +123,7 @@ def linear_token_stats(
 def _linear_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ignored: Tensor, logits_dtype: torch.dtype | None
 ) -> Tensor:
-    # The gradient of weight multiplies hidden by the ignored rows' zeros.
+    # The gradient of weight multiplies hidden by the zeros of the ignored rows, and 0 * NaN is NaN.
     hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0.0)
     dtype = logits_dtype or hidden.dtype
     return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -139,16 +141,16 @@ def response_weights(scores: Tensor, alpha: float, mask: Tensor | None = None) -
     mask = _all_valid(scores) if mask is None else mask
     scores = scores.detach().masked_fill(~mask, -torch.inf)
     best = scores.amax(-1, keepdim=True)
-    # The difference first: s / alpha near 1e7 would round to whole numbers in float32. The best are exp(0) without the
-    # division, so alpha = 0 needs no branch: it sends every other gap to -inf.
+    # The difference comes first: s / alpha near 1e7 would round to whole numbers in float32. The best have the gap 0 without the
+    # division, so alpha = 0 needs no branch: every other gap becomes -inf.
     gaps = torch.where(scores == best, 0.0, (scores - best) / alpha)
     odds = gaps.exp().masked_fill(~mask, 0.0)
-    return odds / odds.sum(-1, keepdim=True).clamp(min=1.0)  # at least 1, the best one's, unless there is no response
+    return odds / odds.sum(-1, keepdim=True).clamp(min=1.0)  # the sum is at least 1, unless there is no response
 
 
 # --- the losses ------------------------------------------------------------------------------------------------------
 # Each maps log_ratios [B, K] = log pi(y) - log pi_ref(y), 0 where masked, to losses [B]. Its keyword arguments are beta and
-# what the table of losses says that it takes.
+# those that the table of losses lists for it.
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {}
 
@@ -164,7 +166,7 @@ def info_nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, a
 
     Chen et al. 2024 (arXiv 2402.05369), section 3.
     """
-    # A prompt without a response keeps its zeros: all its w are 0, and a row of -inf would be NaN.
+    # A prompt without a valid response keeps its zeros: all its w are 0, and a row of -inf would give NaN.
     absent = ~mask & mask.any(-1, keepdim=True)
     log_softmax = (beta * log_ratios).masked_fill(absent, -torch.inf).log_softmax(-1).masked_fill(absent, 0.0)
     w = response_weights(scores, alpha, mask)
@@ -192,7 +194,7 @@ def dpo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs:
     better = score_pairs(scores, mask, pairs)
     margins = _margins(beta * log_ratios, better)
     terms = -F.logsigmoid(margins)
-    if label_smoothing > 0:  # not 0 * inf, where the worse response is impossible
+    if label_smoothing > 0:  # avoids 0 * inf where the worse response has probability 0
         terms = (1 - label_smoothing) * terms - label_smoothing * F.logsigmoid(-margins)
     return _mean(terms, better, (1, 2))
 
@@ -201,7 +203,8 @@ def dpo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs:
 def ipo(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, pairs: str, lengths: Tensor | None) -> Tensor:
     r"""The mean over pairs of ``(l_i / n_i - l_j / n_j - 1 / (2 beta))^2``, ``l = log_ratios``, ``n = lengths``.
 
-    Azar et al. 2023 (arXiv 2310.12036), whose tau is ``beta``, on token averages (``lengths=None``: already so).
+    Azar et al. 2023 (arXiv 2310.12036), whose tau is ``beta``, on averages over tokens (``lengths=None``: they are averages
+    already).
     """
     better = score_pairs(scores, mask, pairs)
     if lengths is not None:
@@ -227,12 +230,12 @@ def kto(
 def plackett_luce(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float) -> Tensor:
     r"""The mean of ``log sum_j exp(r_j - r_i)`` over the responses i that have another scored at or below them.
 
-    j runs over the responses with ``s_j <= s_i``, i and its ties included (Breslow 1974); ``r = beta * log_ratios``. A prompt
-    whose scores are all equal states no preference and gives 0.
-    Plackett 1975, Luce 1959; for language models Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3.
+    j runs over the responses with ``s_j <= s_i``, i and its ties included (Breslow 1974); ``r = beta * log_ratios``. A prompt whose
+    scores are all equal states no preference and has loss 0. Plackett 1975, Luce 1959; for language models Rafailov et al. 2023
+    (arXiv 2305.18290), appendix A.3.
     """
     r = beta * log_ratios
-    # Every response is among its own, so that no row is empty, not even a masked one's.
+    # Every response is in its own sum, so that no sum is empty, also for masked responses.
     own = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     others = (scores.unsqueeze(1) <= scores.unsqueeze(2)) & mask.unsqueeze(1) & mask.unsqueeze(2) & ~own
     gaps = (r.unsqueeze(1) - r.unsqueeze(2)).masked_fill(~others, 0.0).masked_fill(~(others | own), -torch.inf)
@@ -244,7 +247,7 @@ def plackett_luce(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: flo
 def biased_nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float, alpha: float) -> Tensor:
     r"""``- sum_i [w_i log sigmoid(r_i) + (1 - w_i) / (K - 1) log sigmoid(-r_i)]``, ``r = beta * log_ratios``; 0 for K = 1.
 
-    The "biasedNCA" of the code of Chen et al. 2024 (arXiv 2402.05369), which is K = 2 at ``alpha = 0``.
+    The "biasedNCA" in the code of Chen et al. 2024 (arXiv 2402.05369), which has K = 2 and ``alpha = 0``.
     """
     r = beta * log_ratios
     w = response_weights(scores, alpha, mask)
@@ -254,7 +257,7 @@ def biased_nca(log_ratios: Tensor, scores: Tensor, mask: Tensor, *, beta: float,
 
 
 def nll(logps: Tensor, scores: Tensor, mask: Tensor, *, alpha: float, lengths: Tensor) -> Tensor:
-    r"""``- sum_i w_i logps_i / lengths_i``: supervised fine-tuning on the responses by their weights, per token."""
+    r"""``- sum_i w_i logps_i / lengths_i``: supervised fine-tuning on the responses, weighted by ``w``, per token."""
     w = response_weights(scores, alpha, mask)
     return -_weighted(w, logps / lengths.masked_fill(~mask, 1).clamp(min=1)).sum(-1)
 
@@ -277,9 +280,9 @@ def group_loss(
 ) -> tuple[Tensor, Tensor]:  # [B], [B, K]
     r"""Each prompt's loss, and the implicit rewards ``r = beta * (logps - ref_logps)``, detached, 0 where masked.
 
-    ``nll_weight`` times :func:`nll` is added. Chen et al. 2024 (arXiv 2402.05369). A prompt with no valid response, or no pair
-    where the loss wants pairs, has loss 0 and gradient 0. A NaN among a prompt's valid inputs makes its loss and its valid
-    responses' gradients NaN, and no other's. Arguments that the loss does not take are not read.
+    ``nll_weight`` times :func:`nll` is added. Chen et al. 2024 (arXiv 2402.05369). A prompt with no valid response, or
+    with no pair in a loss over pairs, has loss 0 and gradient 0. A NaN among a prompt's valid inputs makes its loss and the
+    gradients of its valid responses NaN, and no others. Arguments that the loss does not take are not read.
     """
     mask = _all_valid(logps) if mask is None else mask
     log_ratios = (logps - ref_logps).masked_fill(~mask, 0.0)
@@ -305,7 +308,7 @@ def group_loss(
 
 
 def _nan_where(bad: Tensor, log_ratios: Tensor) -> Tensor:
-    """0, and NaN with a NaN gradient where ``bad``: comparisons and masks of a loss may keep a NaN from the gradient."""
+    """0; where ``bad``, NaN with a NaN gradient. A loss's comparisons and masks may keep a NaN from the gradient."""
     return torch.where(bad, log_ratios, 0.0) * torch.where(bad, torch.nan, 0.0).to(log_ratios.dtype)
 
 
@@ -314,15 +317,15 @@ def _all_valid(like: Tensor) -> Tensor:
 
 
 def _weighted(w: Tensor, terms: Tensor) -> Tensor:
-    """``w * terms``, 0 where w is 0: a response without weight may be impossible, and 0 * inf is NaN."""
+    """``w * terms``, 0 where w is 0: a response without weight may have log-prob -inf, and 0 * inf is NaN."""
     return w * terms.masked_fill(w == 0, 0.0)
 
 
 def _margins(x: Tensor, better: Tensor) -> Tensor:
-    """``x_i - x_j`` ``[B, K, K]``; 0 where there is no pair, so that nothing of that one reaches a gradient."""
+    """``x_i - x_j`` ``[B, K, K]``; 0 where there is no pair, so that no gradient comes from there."""
     return (x.unsqueeze(2) - x.unsqueeze(1)).masked_fill(~better, 0.0)
 
 
 def _mean(terms: Tensor, where: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    """The mean of the terms that count, 0 where there is none."""
+    """The mean of the terms at which ``where`` is true, 0 if there is none."""
     return terms.masked_fill(~where, 0.0).sum(dim) / where.sum(dim).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What every row kernel is told beside its tensors, in one tuple from the public function to the backend."""
+"""The options of the row kernels in one tuple, from the public function to the backend, and the calls of a backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .backends import KERNELS
 
 
 class RowOptions(NamedTuple):
-    """How ``z`` comes from logits, which rows count, and whose kernels run: the last arguments of every token operator."""
+    """How ``z`` is computed, which rows are ignored, and which backend runs: the last arguments of every token operator."""
 
     ignore_index: int
     scale: float
@@ -28,7 +28,7 @@ class RowOptions(NamedTuple):
         vocab_start: int = 0,
         vocab_total: int | None = None,
     ) -> None:
-        """Log-probs and statistics of the rows, whose columns start at ``vocab_start`` of a vocabulary of ``vocab_total``."""
+        """Write log-probs and statistics of the rows. Their columns start at ``vocab_start`` of a vocabulary of ``vocab_total``."""
         KERNELS[self.backend].token_logps_fwd(logits, labels, logps, stats, **self._arguments(logits, vocab_start, vocab_total))
 
     def backward(
@@ -44,12 +44,12 @@ class RowOptions(NamedTuple):
         vocab_start: int = 0,
         vocab_total: int | None = None,
     ) -> None:
-        """The gradient of the logits from those of the rows' log-prob, log-sum-exp and entropy."""
+        """Write the gradient of the logits, from the upstream gradients of the rows' log-prob, log-sum-exp and entropy."""
         arguments = self._arguments(logits, vocab_start, vocab_total)
         KERNELS[self.backend].token_logps_bwd(dlogps, logits, labels, stats, dlogits, dlse=dlse, dentropy=dentropy, **arguments)
 
     def transformation(self) -> dict[str, Any]:
-        """The fields that say what is computed, as the functions of :mod:`nca_kernels.reference` take them."""
+        """The fields that the functions of :mod:`nca_kernels.reference` take."""
         return {"ignore_index": self.ignore_index, "scale": self.scale, "softcap": self.softcap}
 
     def _arguments(self, logits: Tensor, vocab_start: int, vocab_total: int | None) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class RowOptions(NamedTuple):
 
 
 def three_dimensional(logits: Tensor) -> Tensor:
-    """``logits`` as ``[N, T, V]``, a view: the kernels take any two row strides, so only 4 and more dimensions can fail."""
+    """A view of ``logits`` as ``[N, T, V]``. The kernels take any two row strides, so only 4 and more dimensions can fail."""
     if logits.ndim == 2:
         return logits.unsqueeze(0)
     try:
@@ -71,10 +71,10 @@ def three_dimensional(logits: Tensor) -> Tensor:
 
 
 def from_stats(logps: Tensor, stats: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, log-sum-exp and top1 from the statistics ``[4, ...]`` of rows; NaN and false where ``logps`` is NaN.
+    """Entropy, log-sum-exp and top-1 hit from the statistics ``[4, ...]`` of rows; NaN, NaN and false where ``logps`` is NaN.
 
-    Both terms of the entropy are at least 0, so nothing cancels. An ignored row has the statistics (0, 1, 0, 0), of which
-    entropy and log-sum-exp are 0.
+    Both terms of the entropy are at least 0, so nothing cancels. An ignored row has the statistics (0, 1, 0, 0), whose entropy
+    and log-sum-exp are 0.
     """
     top, total, target, weighted = stats
     log_total = total.log()

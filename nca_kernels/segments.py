@@ -1,4 +1,4 @@
-"""Sequences within rows: labels shifted to the logits that predict them, and sums over each sequence."""
+"""Shifts labels to the logits that predict them, and sums token values over each sequence."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 def shift_labels(labels: Tensor, shift: int, ignore_index: int, cu_seqlens: Tensor | None) -> Tensor:
     """``labels[..., t + shift]`` at position ``t``, ``ignore_index`` where that lies beyond the sequence's end.
 
-    The labels move, a few bytes a token, so that the logits never have to.
+    The labels are shifted, a few bytes a token, so that the logits need no copy.
     """
     if shift == 0:
         return labels
     T = labels.shape[-1]
     shift = min(shift, T)
-    # Padded before it is cut: a tensor of T - shift columns would be a size of its own to a compiler, special where it is 1.
+    # Pad first and slice after: T - shift columns would be one more size to torch.compile, with a special case at 1.
     shifted = F.pad(labels, (0, shift), value=ignore_index)[..., shift:]
     if cu_seqlens is None:
         return shifted
@@ -28,23 +28,23 @@ def shift_labels(labels: Tensor, shift: int, ignore_index: int, cu_seqlens: Tens
 
 
 def _segment_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The segment that holds each position; the number of segments for what lies beyond the last."""
+    """The segment that holds each position; the number of segments for a position beyond the last."""
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position.to(cu_seqlens.dtype), right=True)
 
 
 class _SegmentSum(torch.autograd.Function):
     """Sums over segments: deterministic (no atomics), no sync, NaN stays in its segment, differentiable twice.
 
-    PyTorch's own derivative of ``segment_reduce`` has no second one; a gather has.
+    PyTorch's derivative of ``segment_reduce`` is not differentiable again; a gather is.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        # Unchecked on a GPU, bounds may be anything, and segment_reduce reads wherever they point.
+        # On a GPU the bounds may be unchecked, and segment_reduce reads wherever they point.
         offsets = cu_seqlens.clamp(0, values.shape[0])
-        # segment_reduce adds one after the other: in float32 the sum of 8192 tokens was 17 ulp off.
+        # segment_reduce adds one value after the other: in float32 the sum of 8192 tokens was 17 ulp off.
         return torch.segment_reduce(values.double(), "sum", offsets=offsets, axis=0, unsafe=True).to(values.dtype)
 
     @staticmethod

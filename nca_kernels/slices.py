@@ -1,8 +1,8 @@
-"""Slices of a vocabulary merged: their statistics, and what is differentiated in forward while the head is frozen.
+"""Merges slices of a vocabulary: their statistics and, for a frozen head, the derivatives that forward computes.
 
-The statistics of a slice are those of a softmax over its columns alone, ``[3, R]`` or ``[4, R]``: maximum, sum of exponentials,
-the label's z, and ``A = sum (z - max) exp(z - max)``. They merge whether the slices are tiles of one head or the ranks' shares of
-a vocabulary-parallel one. ``docs/math.md``, sections 3 and 4, has the derivations.
+The statistics of a slice belong to a softmax over its columns alone, ``[3, R]`` or ``[4, R]``: maximum, sum of exponentials,
+the label's z, and ``A = sum (z - max) exp(z - max)``. They merge in the same way for tiles of one
+head and for the ranks' shares of a vocabulary-parallel head. ``docs/math.md``, sections 3 and 4, has the derivations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import parallel
 from .linear_head import Head, Upstream
 from .tiles import Tiling, product
 
-# In float16 the entries of a row of the tile sum to this power of two, so that small ones stay normal numbers, and products with
+# In float16 the entries of a row of the tile sum to about 2 to this power: small entries stay normal numbers, and products with
 # weights up to 128 stay finite.
 _FLOAT16_SUM = 8
 
@@ -24,9 +24,9 @@ _LEAST_REST = 2.0**-24  # below this, 1 - p is 0 in float32
 
 
 def merge(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """From the statistics of P slices, ``parts [P, 3 or 4, M]``: the whole's, and each slice's probability ``[P, M]``.
+    """The statistics of the union of P slices, from ``parts [P, 3 or 4, M]``, and each slice's probability ``[P, M]``.
 
-    A slice of nothing but -inf has the maximum -inf, the sum 0 and the probability 0. NaN stays NaN.
+    A slice of -inf alone has the maximum -inf, the sum 0 and the probability 0. NaN stays NaN.
     """
     maxima, sums, targets = parts[:, :3].unbind(1)
     top = maxima.amax(0)
@@ -51,18 +51,18 @@ def entropy_of(stats: Tensor) -> Tensor:
 
 
 def _without_empty(stats: Tensor) -> Tensor:
-    """The same statistics, but maximum 0 and sum 1 where every column is -inf: their p is then 0, not NaN."""
+    """The statistics with maximum 0 and sum 1 where every column is -inf, so that p is 0 there, not NaN."""
     empty = (stats[0] == -torch.inf) & (stats[1] == 0)
     return torch.stack((stats[0].masked_fill(empty, 0.0), stats[1].masked_fill(empty, 1.0), *stats[2:]))
 
 
 def _entropy_shift(share: Tensor, entropy: Tensor, part_entropy: Tensor) -> Tensor:
-    """``log p - log p_slice + H - H_slice``, the same for all columns of a slice; 0 for one without probability."""
+    """``log p - log p_slice + H - H_slice``, the same for all columns of a slice; 0 for a slice without probability."""
     return (share.log() + entropy - part_entropy).masked_fill(share == 0, 0.0)
 
 
 class _Entropy(NamedTuple):
-    """What the entropy's derivative takes beside a :class:`_Part`."""
+    """What the derivative of the entropy needs in addition to a :class:`_Part`."""
 
     entropy: Tensor  # [R]
     mean: Tensor  # [R, D], sum of p_v dz_v/dhidden
@@ -70,7 +70,7 @@ class _Entropy(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Some columns under their own softmax."""
+    """A set of columns, under a softmax over these columns alone."""
 
     stats: Tensor  # [3 or 4, R]
     rest: Tensor  # [R], sum of p_v without the label's
@@ -79,10 +79,10 @@ class _Part(NamedTuple):
 
 
 class FrozenGradient:
-    """``u = dlogp/dhidden`` of a block of rows in one pass over the slices, and ``w = dentropy/dhidden`` if asked for.
+    """``u = dlogp/dhidden`` of a block of rows in one pass over the slices, and ``w = dentropy/dhidden`` if ``with_entropy``.
 
-    ``u = rest dtarget - n`` (see :class:`_Part`), and rest, n and w merge by the slices' probabilities. The label's own column
-    is left out of the GEMM for n, since ``1 - p`` needs the digits of float32.
+    ``u = rest dtarget - n`` (see :class:`_Part`), and rest, n and w merge by the slices' probabilities. The label's own column is
+    left out of the GEMM for n, because ``1 - p`` needs the precision of float32.
     """
 
     def __init__(self, head: Head, labels: Tensor, tiling: Tiling, block: slice, with_entropy: bool) -> None:
@@ -91,7 +91,7 @@ class FrozenGradient:
         self.whole: _Part | None = None
 
     def add(self, logits: Tensor, stats: Tensor, columns: slice) -> None:
-        """One slice, given its statistics; overwrites ``logits``."""
+        """Add one slice, given its statistics; overwrites ``logits``."""
         part = self._part(logits, stats, columns)
         self.whole = part if self.whole is None else _merged(self.whole, part)
 
@@ -114,7 +114,7 @@ class FrozenGradient:
             self.head.dlogits(upstream, logits, self.labels, safe, columns, out=tile)
             w = self._product(tile, columns, raised)
         self.head.dlogits(Upstream(-raised), logits, self.labels, safe, columns, out=logits)
-        # Not scatter_, which copies the tile.
+        # index_put_ and not scatter_, which would copy the tile.
         at_label = (self.row, column)
         logits.index_put_(at_label, logits[at_label].masked_fill_(here, 0.0))
         n = self._product(logits, columns, raised)
@@ -124,7 +124,7 @@ class FrozenGradient:
         return _Part(stats, rest, n, _Entropy(entropy_of(safe), mean, w))
 
     def _raised(self, rest: Tensor) -> Tensor:
-        """The upstream gradients of a tile, powers of two: 1 unless its entries could fall below what its dtype holds."""
+        """The upstream gradients of a tile: 1, or in float16 a power of two that keeps small entries from underflow."""
         if self.tiling.operand_dtype != torch.float16:
             return torch.ones_like(rest)
         mass = (rest * self.head.settings.scale).nan_to_num(1.0).clamp(min=_LEAST_REST)
@@ -138,7 +138,7 @@ class FrozenGradient:
 
 
 def _merged(a: _Part, b: _Part) -> _Part:
-    """The union of two disjoint sets of columns; overwrites what they hold."""
+    """The union of two disjoint sets of columns; overwrites the tensors of both."""
     stats, shares = merge(torch.stack((a.stats, b.stats)))
     rest = shares[0] * a.rest + shares[1] * b.rest
     n = _weighted(shares, a.n, b.n)
@@ -156,14 +156,14 @@ def _weighted(shares: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def merge_ranks(head: Head, labels: Tensor, stats: Tensor, u: Tensor, w: Tensor, blocks: list[slice]) -> None:
-    """In place: this rank's statistics become the whole vocabulary's, its ``u`` and ``w``, if any, addends to the whole's."""
+    """In place: this rank's statistics become the whole vocabulary's, its ``u`` and ``w``, if any, terms of the sum over ranks."""
     rank, parts = parallel.all_gather(stats, head.settings.group)
     mine = parts[rank]
     merged, shares = merge(parts)
     stats.copy_(merged)
     share = shares[rank]
     _, held = head.column_of(labels, slice(0, len(head.weight)))
-    # What the label's rank lacks of the whole's 1 - p: the others' shares, as a sum, since 1 - share cancels near 1.
+    # The part of 1 - p that the label's rank lacks is the other ranks' share. It is a sum, because 1 - share cancels near 1.
     missing = torch.cat((shares[:rank], shares[rank + 1 :])).sum(0) * held
     for block in blocks if len(u) else []:
         dtarget = head.dtarget(labels[block], stats[2, block])

@@ -1,7 +1,7 @@
-"""Tiles of the linear family: how much of rows x vocabulary is held at a time, and products over tiles.
+"""The shapes of tiles of logits, and matrix products over tiles.
 
-A tile is a block of rows by a slice of the vocabulary. Its GEMMs are fast where it has enough rows to amortise reading the
-slice of the head, and enough columns to amortise reading the hidden states. The result depends on the tile by rounding alone.
+A tile is a block of rows by a slice of the vocabulary. Its GEMMs are fast if it has enough rows to amortise reading the slice of
+the head, and enough columns to amortise reading the hidden states. Results depend on the shape of the tiles by rounding alone.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import os
 import torch
 from torch import Tensor
 
-# Bytes of a tile. On a CPU half the cache that its cores share (32 MiB where it was measured; 32 MiB were no faster), so that
-# the row kernels find the tile there beside the GEMM's operands; on a GPU enough for one GEMM to occupy every multiprocessor.
-# The environment variable NCA_KERNELS_TILE_BYTES overrides both.
+# Bytes of a tile. On a CPU, half of the cache that its cores share (which is 32 MiB where it was measured; a tile of 32 MiB was no
+# faster): the row kernels then find the tile in the cache, and the GEMM's operands fit beside it. On a GPU, enough for one GEMM to
+# occupy every multiprocessor. The environment variable NCA_KERNELS_TILE_BYTES overrides both.
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
-# The most rows of a tile. Frozen, more rows would cost columns, and each further slice is a pass over u. Trained, each further
-# block is a pass over dweight.
+# The most rows of a tile. With a frozen head, more rows would mean fewer columns, and each further slice is a pass over u. With a
+# trained head, each further block of rows is a pass over dweight.
 MOST_ROWS_FROZEN = 1024
 MOST_ROWS_TRAINED = {"cpu": 2048, "cuda": 8192}
 
-# With a frozen head, rows are given up for one slice of the whole vocabulary, down to this many.
+# With a frozen head, a tile gets as few rows as this if that makes one slice of the whole vocabulary.
 LEAST_ROWS_FROZEN = 512
 
-# Slices and rows of a tile start at multiples of this, so that the GEMM finds its operands aligned.
+# Slices and rows of a tile start at multiples of this many elements, so that the GEMM finds its operands aligned.
 ALIGNED = 64
 
 # The most elements of the head that are converted to float32 at a time, where a GEMM needs float32 operands.
 CONVERTED = 2 << 20
 
-# PyTorch >= 2.8 can leave the product of bfloat16 or float16 matrices in float32, and >= 2.10 add it to a float32 matrix (2.8 and
-# 2.9 want the addend in the operands' dtype); on CUDA alone.
+# On CUDA, PyTorch >= 2.8 can write the product of bfloat16 or float16 matrices in float32, and PyTorch >= 2.10 can add it to a
+# float32 matrix (2.8 and 2.9 take the addend in the operands' dtype).
 _HAS_MM_OUT_DTYPE = "dtype_out" in torch.ops.aten.mm.overloads()
 _HAS_ADDMM_OUT_DTYPE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
@@ -44,7 +44,7 @@ def aligned(columns: int) -> int:
 def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen: bool) -> tuple[int, int]:
     """Rows and columns of the tiles of logits ``[M, V]`` of ``dtype``; a tile is stored with rows padded to :data:`ALIGNED`.
 
-    Without a ``frozen`` head half of the bytes are left to float32 sums.
+    Unless the head is ``frozen``, the tile gets half of the bytes, and float32 sums the other half.
     """
     kind = "cpu" if device.type == "cpu" else "cuda"
     given = os.environ.get("NCA_KERNELS_TILE_BYTES", str(TILE_BYTES[kind]))
@@ -61,7 +61,7 @@ def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen:
 
 
 def split(total: int, most: int, multiple: int = 1) -> list[slice]:
-    """``range(total)`` in as few slices of at most ``most`` as it takes, alike in length, starting at multiples."""
+    """``range(total)`` in the fewest slices of at most ``most``, of about equal length, starting at multiples of ``multiple``."""
     if total <= most:
         return [slice(0, total)] if total else []
     each = -(-total // -(-total // most))
@@ -72,19 +72,19 @@ def split(total: int, most: int, multiple: int = 1) -> list[slice]:
 
 
 def stored_elements(M: int, V: int, save_budget: int, dtype: torch.dtype) -> int:
-    """The room for logits ``[M, V]`` that a budget in bytes buys: padding of the rows comes on top of it.
+    """How many elements of kept logits ``[M, V]`` a budget in bytes allows. The padding of their rows comes on top of it.
 
-    ``M`` may be symbolic, hence no comparison.
+    ``M`` may be symbolic, so it is not compared.
     """
     budget = save_budget // dtype.itemsize * aligned(V) // V
     return torch.sym_min(budget, M * aligned(V))
 
 
 class Tiling:
-    """The rows in blocks, the columns in slices, memory for one tile, and the logits that are kept (``kept``, flat)."""
+    """The blocks of rows, the slices of columns, memory for one tile, and the kept logits (``kept``, flat)."""
 
     def __init__(self, M: int, V: int, kept: Tensor, operand_dtype: torch.dtype, frozen: bool) -> None:
-        """Tiles are of ``kept``'s dtype and device, their GEMMs' operands of ``operand_dtype``."""
+        """Tiles have the dtype and device of ``kept``; the operands of their GEMMs have ``operand_dtype``."""
         rows, columns = tile_shape(M, V, kept.dtype, kept.device, frozen)
         stored = V if M * aligned(V) <= kept.numel() else kept.numel() // max(M, 1) // ALIGNED * ALIGNED
         self.store = kept[: M * aligned(stored)].view(M, aligned(stored))[:, :stored]
@@ -107,7 +107,7 @@ class Tiling:
         return _tile_in(self._spare, block, columns)
 
     def logits(self, block: slice, columns: slice) -> tuple[Tensor, bool]:
-        """Where a tile's logits belong, and whether they are kept there."""
+        """Memory for a tile's logits, and whether they are kept in it."""
         kept = columns.stop <= self.store.shape[1]
         return self.store[block, columns] if kept else self.tile(block, columns), kept
 
@@ -126,7 +126,7 @@ def _tile_in(memory: Tensor, block: slice, columns: slice) -> Tensor:
 
 
 def multiplies_wide(a: Tensor) -> bool:
-    """Whether the GEMM can leave a product of 16-bit matrices in float32."""
+    """Whether the GEMM can write a product of 16-bit matrices in float32."""
     if not a.is_cuda or torch.version.hip or not _HAS_MM_OUT_DTYPE:
         return False
     # PyTorch refuses a float32 product where float16 sums are allowed.
@@ -134,9 +134,9 @@ def multiplies_wide(a: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b``, ``out`` of their dtype or float32.
+    """``out = a @ b``; ``out`` has their dtype or float32.
 
-    In float32 the product of 16-bit matrices is rounded to their dtype on its way where the GEMM cannot leave it in float32.
+    If the GEMM cannot write the product of 16-bit matrices in float32, the product is rounded to their dtype first.
     """
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -147,16 +147,16 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def exact_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b.T`` in float32 from 16-bit ``a [M, D]`` and ``b [V, D]``, rounded to float32 alone.
+    """``out = a @ b.T`` in float32 from 16-bit ``a [M, D]`` and ``b [V, D]``, without a rounding to 16 bits.
 
-    Where the GEMM cannot do that, ``a`` and a few rows of ``b`` at a time are converted to float32.
+    If the GEMM cannot do that, ``a`` and a few rows of ``b`` at a time are converted to float32.
     """
     if multiplies_wide(a):
         torch.mm(a, b.t(), out_dtype=torch.float32, out=out)
         return
     a = a.float()
     parts = split(len(b), max(1, CONVERTED // b.shape[1]))
-    # One buffer for all parts: malloc may keep those that are freed, up to a float32 copy of the head.
+    # One buffer for all parts: malloc may hold on to freed ones, up to a float32 copy of the head.
     buffer = b.new_empty((max((part.stop - part.start for part in parts), default=0), b.shape[1]), dtype=torch.float32)
     for part in parts:
         piece = buffer[: part.stop - part.start].copy_(b[part])
@@ -166,8 +166,8 @@ def exact_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 class ProductSum:
     """``out = sum of a @ b`` over a known number of terms: summed in float32, rounded once to the dtype of ``out``.
 
-    A single term is written straight to ``out``. Of several in bfloat16 or float16 each is rounded on its way to the sum where
-    the GEMM has no product in float32 (on a CPU).
+    A single term is written straight to ``out``. If there are several, in bfloat16 or float16, and the GEMM cannot write a product
+    in float32 (on a CPU), each is rounded before it is added.
     """
 
     def __init__(self, out: Tensor, terms: int) -> None:
