@@ -16,7 +16,12 @@ if not torch.cuda.is_available():
 if importlib.util.find_spec("triton"):
     import triton.language  # noqa: F401  # now: its own functions are interpreted or not as the variable says at their import
 
-import interpreter
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.round_bfloat16()
+        interpreter.leave_out_repeated_work()
+
 import pytest
 
 from nca_kernels.backends import BACKENDS
@@ -56,8 +61,6 @@ def _target(request, op="token_logps"):
         if target.name in request.config.getoption("--require-backend").split(","):
             pytest.fail(f"backend {target.name} is required and cannot run: {'; '.join(reasons)}")
         pytest.skip(f"backend {target.name}: {'; '.join(reasons)}")
-    if target.interpreted:
-        interpreter.round_bfloat16()
     return target
 
 

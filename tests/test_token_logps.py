@@ -180,8 +180,8 @@ def test_any_row_stride(target, dtype):
     """Slices of larger tensors, odd strides and odd offsets, as they come from ``logits[:, :-1]`` and the like."""
     torch.manual_seed(4)
     V = 515
-    store = torch.randn(5, 9, V + 2).to(dtype).to(target.device)
-    for view in (store[:, :-1, :V], store[1::2, 1:5, 1 : V + 1], store[:, ::3, 2:], store.transpose(0, 1)[..., 1:]):
+    store = torch.randn(4, 4, V + 2).to(dtype).to(target.device)
+    for view in (store[:3, :-1, :V], store[1::2, 1:3, 1 : V + 1], store[:3, ::3, 2:], store.transpose(0, 1)[:2, :, 1:]):
         labels = torch.randint(view.shape[-1], view.shape[:2], device=target.device)
         options = {"backend": target.name}
         upstream = torch.randn(labels.shape, device=target.device)

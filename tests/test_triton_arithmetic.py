@@ -16,7 +16,6 @@ import test_row_stats
 import test_token_logps
 import torch
 from conftest import Target
-from interpreter import round_bfloat16
 from oracle import plain_token_logps, value_and_grad
 
 import nca_kernels
@@ -44,7 +43,6 @@ def _moved(exact: Callable, ulps: int) -> Callable:
 def triton(request, monkeypatch) -> Target:
     """Backend ``triton`` with one instruction off by so many ulp."""
     runtime = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
-    round_bfloat16()
     builder, (instruction, ulps) = runtime.InterpreterBuilder, request.param
     if instruction == "division":
         inexact = _moved(np.divide, ulps)
