@@ -1,16 +1,14 @@
-"""NCATrainer in one process: its steps against loops written by hand, its scaling, its metrics, its errors."""
-
-import math
-from types import SimpleNamespace
+"""NCATrainer in one process: its steps against loops written by hand, its scaling, its rows, what it saves."""
 
 import pytest
 import torch
 from architectures import tiny
-from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
+from matplotlib import colormaps, image
+from peft import LoraConfig
 from test_data import tokenizer
 from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nca_kernels import reference
 from nca_kernels.integrations.training.trainer import NCATrainer
@@ -155,33 +153,6 @@ def test_it_learns(loss, tmp_path):
     assert logged(trainer, "rewards/accuracy")[0] == 0 and sum(logged(trainer, "rewards/accuracy")[-2:]) / 2 > 0.8
 
 
-def test_evaluate(tmp_path):
-    """A last batch of one prompt counts as one prompt; metrics against one batch of all."""
-    rows, held_out = make_rows(8), make_rows(9, seed=1)
-    trainer = trained(tmp_path, rows, eval_dataset=held_out, eval_strategy="epoch")
-    assert len(logged(trainer, "eval_loss")) == 1
-    metrics = trainer.evaluate()
-    policy, start = trainer.model.double(), tiny("llama").double()
-    losses, margins, changes, right, pairs = [], [], [], 0, 0
-    for row in held_out:
-        with torch.no_grad():
-            logps, ref = (plain_logps(model, row["prompt_ids"], row["response_ids"]) for model in (policy, start))
-        scores = torch.tensor(row["scores"])
-        loss, rewards = reference.group_loss("nca", logps[None], ref[None], scores[None], beta=0.1, alpha=1.0)
-        losses.append(float(loss))
-        best, worst = scores.argmax(), scores.argmin()
-        margins.append(float(rewards[0, best] - rewards[0, worst]))
-        changes.append(float(logps[best] - ref[best]))
-        for i in range(len(scores)):
-            for j in range(len(scores)):
-                pairs += int(scores[i] > scores[j])
-                right += int(scores[i] > scores[j] and rewards[0, i] > rewards[0, j])
-    assert metrics["eval_loss"] == pytest.approx(sum(losses) / 9, rel=1e-5)
-    assert metrics["eval_rewards/margin"] == pytest.approx(sum(margins) / 9, rel=1e-3)
-    assert metrics["eval_logps/best_change"] == pytest.approx(sum(changes) / 9, rel=1e-3)
-    assert metrics["eval_rewards/accuracy"] == pytest.approx(right / pairs)
-
-
 def test_metrics_at_the_first_step(tmp_path):
     """Policy and reference are one model."""
     log = trained(tmp_path, make_rows(4)).state.log_history[0]
@@ -189,60 +160,6 @@ def test_metrics_at_the_first_step(tmp_path):
         assert log[name] == 0
     assert log["tokens_per_second"] > 0
     assert 0 < log["loss_time_share"] < 1
-
-
-def test_evaluating_on_other_rows(tmp_path):
-    rows = make_rows(8)
-    scored = with_ref_logps(rows, tiny("llama"))
-    trainer = NCATrainer(tiny("llama"), config(tmp_path), rows, {"a": rows[:3], "b": rows[3:]})
-    before = trainer.evaluate()
-    assert before.keys() >= {"eval_a_loss", "eval_b_loss", "eval_b_rewards/rank_1"}
-    assert before["eval_a_logps/best_change"] == 0
-    trainer.train()
-    after = trainer.evaluate(scored[:3])
-    assert after["eval_loss"] == pytest.approx(trainer.evaluate()["eval_a_loss"], rel=1e-5) != before["eval_a_loss"]
-    with pytest.raises(ValueError, match="eval_dataset: rows without ref_logps, and the model is no longer the reference"):
-        trainer.evaluate(rows[:3])
-
-
-@pytest.mark.parametrize("loss", ["nca", "kto"])
-def test_predict(loss, tmp_path):
-    """Of rows in any form that evaluate takes, its metrics."""
-    words = tokenizer()
-    rows = [{"prompt": prompt, "responses": ["ath", " oth"], "scores": [1.0, 0.2]} for prompt in ("the moth", "a", "oth")]
-    trainer = trained(
-        tmp_path, rows, tiny("llama", vocab_size=len(words)), rows, processing_class=words, loss=loss, reference="model"
-    )
-    wanted = trainer.evaluate()["eval_loss"]
-    for given in (rows, Dataset.from_list(rows), trainer.eval_dataset):
-        predicted = trainer.predict(given)
-        assert predicted.predictions is None
-        assert predicted.metrics["test_loss"] == wanted
-
-
-def test_ktos_evaluation_does_not_depend_on_its_batches(tmp_path):
-    """One baseline for all of it, by hand in float64."""
-    rows, held_out = (
-        [{**row, "desirable": [score == max(row["scores"]) for score in row["scores"]]} for row in each]
-        for each in (make_rows(6), make_rows(5, seed=3))
-    )
-    losses = []
-    for size in (1, 2, 5):
-        trainer = trained(tmp_path, rows, eval_dataset=held_out, loss="kto", per_device_eval_batch_size=size)
-        losses.append(trainer.evaluate()["eval_loss"])
-    policy, start = trainer.model.double(), tiny("llama").double()
-    changes = []
-    for row in trainer.eval_dataset:
-        responses = [*row["response_ids"], row["mismatched_ids"]]
-        with torch.no_grad():
-            changes.append(plain_logps(policy, row["prompt_ids"], responses) - plain_logps(start, row["prompt_ids"], responses))
-    z = sum(change[-1] for change in changes) / 5
-    assert z > 0.1
-    wanted = 0
-    for row, change in zip(held_out, changes, strict=True):
-        desirable = torch.tensor(row["desirable"])
-        wanted += float((1 - torch.sigmoid(0.1 * (change[:-1] - z) * (2 * desirable - 1))).mean()) / 5
-    assert losses == pytest.approx([wanted] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["torch", "numpy"])
@@ -323,130 +240,6 @@ def test_plots(tmp_path):
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names >= {"loss.png", "rewards_rank.png", "rewards_accuracy.png", "kl.png", "tokens_per_second.png"}
     assert "rewards_rank_1.png" not in names and "train_loss.png" not in names
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"loss": "sft"}, "loss: got 'sft', wanted one of 'info_nca'"),
-        ({"beta": 0.0}, "beta: got 0.0, wanted a finite number > 0"),
-        ({"alpha": -1.0}, "alpha: got -1.0"),
-        ({"pairs": "some"}, "pairs: got 'some'"),
-        ({"label_smoothing": 0.1}, "label_smoothing: got a value, wanted none: the loss 'nca' does not take it"),
-        ({"loss": "dpo", "label_smoothing": 0.5}, r"label_smoothing: got 0.5, wanted a number in \[0, 0.5\)"),
-        ({"nll_weight": -1.0}, "nll_weight: got -1.0, wanted a finite number >= 0"),
-        ({"num_responses": 1}, "num_responses: got 1, wanted an int >= 2"),
-        ({"reference": "none"}, "reference: got 'none'"),
-        ({"max_length": 3}, "max_length: got 3"),
-        ({"save_budget": -1}, "save_budget: got -1"),
-        ({"logits_dtype": "bfloat16"}, "logits_dtype: got 'bfloat16', wanted one of 'float32'"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: got 'batch_rebalance'"),
-        ({"remove_unused_columns": True}, "remove_unused_columns: got True"),
-        (
-            {"accelerator_config": {"dispatch_batches": True}},
-            "accelerator_config: got dispatch_batches True, wanted False",
-        ),
-    ],
-)
-def test_errors_of_the_config(options, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)
-
-
-ROW = {"prompt_ids": [3], "response_ids": [[4], [5]], "scores": [1.0, 0.0]}
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([], "train_dataset: got no rows"),
-        ([ROW, {**ROW, "scores": [1.0]}], "train_dataset: row 2, column scores: wanted one number for each"),
-        ([{**ROW, "scores": [1.0, math.nan]}], "train_dataset: row 1, column scores: wanted finite"),
-        ([{**ROW, "ref_logps": [-1.0]}], "train_dataset: row 1, column ref_logps: wanted one"),
-        ([{**ROW, "ref_logps": [-1.0, -math.inf]}], "train_dataset: row 1, column ref_logps: wanted finite"),
-        ([{**ROW, "response_ids": [[4], []]}], "train_dataset: row 1, column response_ids: a response without tokens"),
-        ([ROW, {**ROW, "response_ids": []}], "train_dataset: row 2, column response_ids: no responses"),
-        ([{**ROW, "prompt_ids": []}], "train_dataset: row 1, column prompt_ids: no tokens"),
-        ([{"prompt_ids": [3]}], "train_dataset: got the columns prompt_ids, wanted response_ids, scores as well"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "processing_class: got None"),
-        (
-            [ROW, {**ROW, "scores": ["high", "low"]}],
-            "train_dataset: column scores: .*; wanted one kind of values in all rows",
-        ),
-        (
-            [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}],
-            "train_dataset: got the columns prompt; wanted prompt",
-        ),
-        ([{"question": "a", "answer": "b"}], "train_dataset: got the columns question, answer; wanted prompt"),
-    ],
-)
-def test_errors_of_the_rows(rows, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        NCATrainer(tiny("llama"), config(tmp_path), rows)
-
-
-def test_errors_of_other_arguments(tmp_path):
-    args = config(tmp_path)
-    with pytest.raises(TypeError, match="train_dataset: got str, wanted a datasets.Dataset or a list"):
-        NCATrainer(tiny("llama"), args, "train.jsonl")
-    with pytest.raises(TypeError, match="train_dataset: got DatasetDict, wanted a datasets.Dataset or a list"):
-        NCATrainer(tiny("llama"), args, DatasetDict(train=Dataset.from_list([ROW])))
-    trainer = NCATrainer(tiny("llama"), args, [ROW], {"a": [ROW]})
-    assert trainer.evaluate("a")["eval_loss"] == trainer.evaluate()["eval_a_loss"]
-    for given in (Dataset.from_list([ROW]).to_iterable_dataset(), (ROW,), "b"):
-        for name, evaluate in (("eval_dataset", trainer.evaluate), ("test_dataset", trainer.predict)):
-            with pytest.raises(TypeError, match=f"{name}: got {type(given).__name__}, wanted a datasets.Dataset or a list"):
-                evaluate(given)
-    with pytest.raises(TypeError, match="args: got TrainingArguments, wanted an NCAConfig"):
-        NCATrainer(tiny("llama"), TrainingArguments(str(tmp_path), use_cpu=True), [ROW])
-    with pytest.raises(TypeError, match="model: got int"):
-        NCATrainer(3, args, [ROW])
-    with pytest.raises(OSError, match="no/such/folder"):
-        NCATrainer("no/such/folder", args, [ROW])
-    with pytest.raises(ValueError, match="peft_config: model has an adapter already"):
-        NCATrainer(get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM")), args, [ROW], peft_config=LoraConfig())
-    with pytest.raises(ValueError, match="train_dataset: row 1, column scores: got 1 scores for 2 responses"):
-        bad = [{"prompt": "a", "responses": ["b", "c"], "scores": [1.0]}]
-        NCATrainer(tiny("llama"), args, bad, processing_class=tokenizer())
-    with pytest.raises(ValueError, match="train_dataset: got 1 row, wanted at least 2: kto"):
-        NCATrainer(tiny("llama"), config(tmp_path, loss="kto"), [ROW])
-
-
-def test_several_gpus_without_a_launcher(tmp_path):
-    args = config(tmp_path)
-    assert args.n_gpu <= 1
-    args._n_gpu = 2
-    with pytest.raises(ValueError, match="args: got 2 GPUs for one process, .*: use accelerate launch, or CUDA_VISIBLE_DEVICES=0"):
-        NCATrainer(tiny("llama"), args, [ROW])
-    assert not list(tmp_path.iterdir())
-
-
-def test_modes_that_split_sequences_or_layers_are_refused_by_name(tmp_path, monkeypatch):
-    """Their log-probs would be sums of parts."""
-    for settings, message in (
-        ({"cp_size": 2}, "parallelism_config: got cp_size 2 .context parallelism."),
-        ({"sp_size": 2}, "parallelism_config: got sp_size 2 .sequence parallelism."),
-        ({"tp_size": 2}, "parallelism_config: got tp_size 2 .tensor parallelism."),
-    ):
-        args = config(tmp_path)
-        args.parallelism_config = SimpleNamespace(**settings)
-        with pytest.raises(ValueError, match=message):
-            NCATrainer(tiny("llama"), args, [ROW])
-        (name, size) = next(iter(settings.items()))
-        monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", str(size))  # as accelerate launch says it
-        with pytest.raises(ValueError, match=message):
-            NCATrainer(tiny("llama"), config(tmp_path), [ROW])
-        monkeypatch.undo()
-    for key, value in (("sequence_parallel_size", 2), ("tensor_parallel", {"autotp_size": 2})):
-        args = config(tmp_path)
-        args.deepspeed = {key: value}
-        with pytest.raises(ValueError, match=f"deepspeed: got {key}.* parallelism"):
-            NCATrainer(tiny("llama"), args, [ROW])
-    model = tiny("llama")
-    model._tp_size = 2
-    assert model.tp_size == 2
-    with pytest.raises(ValueError, match="model: got a model with tp_plan, split among 2 ranks .tensor parallelism."):
-        NCATrainer(model, config(tmp_path), [ROW])
+    for path in (tmp_path / "plots").iterdir():
+        of_the_curve = image.imread(path) - colormaps["viridis"](0.0)
+        assert (abs(of_the_curve) < 0.01).all(-1).any(), f"{path.name} shows no curve"
