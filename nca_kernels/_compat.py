@@ -1,7 +1,7 @@
-"""Every private name of Python, PyTorch, accelerate and transformers that the package uses: one function each.
+"""Every private name of Python, PyTorch, accelerate and transformers that the package uses, in one function each.
 
-A release of theirs may drop such a name. Then one function of this file changes, and ``tests/test_compat.py``, which calls
-each of them, says which. A docstring says what the name is for and, after "Without it", what breaks.
+A new release may drop such a name. Then only one function of this file changes, and ``tests/test_compat.py``, which calls every
+function, fails for it. Each docstring says what the name is for and, after "Without it", what breaks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 
 
 def run_exit_functions() -> None:
-    """Run what was registered with ``atexit``, before an exit by ``os._exit``, which skips it.
+    """Run the functions registered with ``atexit``, before an exit by ``os._exit``, which skips them.
 
     Without it, processes over gloo leave temporary files and unflushed logs behind.
     """
@@ -27,9 +27,9 @@ def run_exit_functions() -> None:
 
 
 def below_autograd() -> AbstractContextManager[None]:
-    """Operators called inside go to their kernels, past the autograd key.
+    """A context in which operators call their kernels without autograd.
 
-    Without it, an operator called from the forward of its own ``autograd.Function`` calls itself without end.
+    Without it, an operator called from the forward of its own ``autograd.Function`` calls itself endlessly.
     """
     return torch._C._AutoDispatchBelowAutograd()
 
@@ -37,13 +37,13 @@ def below_autograd() -> AbstractContextManager[None]:
 def function_transforms_active() -> bool:
     """Whether ``torch.func.grad``, ``vmap`` or another function transform is running.
 
-    Without it, function transforms get silently wrong derivatives, not an error.
+    Without it, function transforms compute wrong derivatives and raise no error.
     """
     return torch._C._are_functorch_transforms_active()
 
 
 def constant_in_graphs(function: Callable) -> Callable:
-    """What ``torch.compiler.assume_constant_result`` does, without importing the compiler, and with it Triton.
+    """Do what ``torch.compiler.assume_constant_result`` does, without importing the compiler and Triton.
 
     Without it, ``torch.compile`` traces into ``function`` and breaks the graph there.
     """
@@ -54,13 +54,13 @@ def constant_in_graphs(function: Callable) -> Callable:
 def is_fake(tensor: Tensor) -> bool:
     """Whether the tensor has a shape but no values, as in a graph that is being traced.
 
-    Without it, checks read values that are not there.
+    Without it, checks read values that do not exist.
     """
     return isinstance(tensor, FakeTensor)
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise ``RuntimeError`` where a compiled graph finds ``condition`` false; no sync on a GPU.
+    """Raise ``RuntimeError`` if ``condition`` is false when a compiled graph runs; no sync on a GPU.
 
     Without it, a compiled function does not check the values of its inputs.
     """
@@ -81,17 +81,17 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def shares_storage(tensor: Tensor) -> bool:
-    """Whether anything but the tensor and the one that it is a view of uses its memory.
+    """Whether any tensor other than this one and the one that it is a view of uses its memory.
 
-    Without it, a gradient in the place of the logits is read as logits by an operator that saved them under saved-tensor hooks,
+    Without it, a gradient written over the logits is read as logits by an operator that saved them under saved-tensor hooks,
     where PyTorch compares no versions.
     """
     own = 1 if view_base(tensor) is None else 2
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > own  # the storage object here is one user more
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > own  # the storage object here is a user, too
 
 
 def view_base(tensor: Tensor) -> Tensor | None:
-    """The tensor that this one is a view of, ``None`` if it is none.
+    """The tensor that this one is a view of, ``None`` if it is not a view.
 
     Without it, logits that are a slice of the model's always count as shared, and their gradient takes memory of its own.
     """
@@ -99,13 +99,13 @@ def view_base(tensor: Tensor) -> Tensor | None:
 
 
 def saved_under_hooks(node: object) -> bool:
-    """Whether an autograd node has saved an output of its own, or a function in Python any tensor, under saved-tensor hooks.
+    """Whether an autograd node has saved one of its outputs under saved-tensor hooks, or a Python function any tensor.
 
-    Without it, a backward under such hooks reads a gradient in the place of the logits: PyTorch compares no versions there.
+    Without it, a backward under such hooks reads a gradient that was written over the logits: PyTorch compares no versions there.
     """
     for name in _saved_outputs(type(node)):  # type: ignore[arg-type]  # classes are hashable
         saved = getattr(node, name)
-        # A PyTorch that does not tell may have hooks there.
+        # A PyTorch without this attribute may have hooks there.
         if any(getattr(s, "unpack_hook", True) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):
             return True
     return False
@@ -113,7 +113,7 @@ def saved_under_hooks(node: object) -> bool:
 
 @lru_cache(maxsize=256)
 def _saved_outputs(node: type) -> list[str]:
-    """The attributes under which autograd keeps a node's saved outputs, and a function in Python all that it saves."""
+    """The attributes under which autograd keeps the saved outputs of a node, or all saved tensors of a Python function."""
     return [name for name in dir(node) if name.startswith(("_raw_saved_result", "_raw_saved_output", "_raw_saved_tensors"))]
 
 
@@ -145,7 +145,7 @@ def forward_attribute(module: nn.Module) -> str:
 def attention_implementation(config: object) -> str:
     """The attention that a transformers model runs: "eager", "sdpa", "flex_attention" or another.
 
-    Without it, nothing says which kind of mask the model takes.
+    Without it, the kind of mask that the model takes is unknown.
     """
     return config._attn_implementation  # type: ignore[attr-defined]
 
@@ -153,7 +153,7 @@ def attention_implementation(config: object) -> str:
 def is_stateful(model: nn.Module) -> bool:
     """Whether a transformers model carries a state from token to token.
 
-    Without it, a state-space model is not refused by name where responses share a prompt.
+    Without it, a state-space model is not refused with a clear error where responses share a prompt.
     """
     return getattr(model, "_is_stateful", False)
 
@@ -161,7 +161,7 @@ def is_stateful(model: nn.Module) -> bool:
 def run_folder(trainer: Any, trial: object) -> str:
     """The folder of a transformers trainer's checkpoints.
 
-    Without it, checkpoints are not written beside their place: a killed run leaves half ones.
+    Without it, checkpoints are not written beside their place, and a killed run leaves half-written ones.
     """
     from transformers import Trainer
 
@@ -171,7 +171,7 @@ def run_folder(trainer: Any, trial: object) -> str:
 def save_checkpoint(trainer: Any, model: nn.Module, trial: object) -> None:
     """Write a checkpoint into the trainer's ``_get_output_dir``.
 
-    Without it, checkpoints are not written beside their place: a killed run leaves half ones.
+    Without it, checkpoints are not written beside their place, and a killed run leaves half-written ones.
     """
     from transformers import Trainer
 
@@ -191,7 +191,7 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
 def has_injected_adapter(model: nn.Module) -> bool:
     """Whether transformers put an adapter into a model's layers, as ``from_pretrained`` does with an adapter's folder.
 
-    Without it, a new adapter takes the place of that one, whose training is lost in silence.
+    Without it, a new adapter replaces that one, and its training is lost without a message.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
 

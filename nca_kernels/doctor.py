@@ -1,4 +1,4 @@
-"""``nca-kernels doctor``: what is installed, what was built, which backend runs where, and whether each computes rightly."""
+"""``nca-kernels doctor``: what is installed, what was built, which backend runs where, and whether each computes correctly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "peft")
 
 
 def examine() -> bool:
-    """Print it all; false where a backend that runs here gives wrong numbers, or none."""
+    """Print all of this; false if a backend that runs here gives wrong numbers or fails."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     print(f"nca_kernels   {__version__}\npython        {platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:

@@ -1,4 +1,4 @@
-"""Files and folders written beside their place and moved there once they are whole, so that no failure costs what was there."""
+"""Writes files and folders beside their place and moves them there once they are whole, so that a failure leaves the old ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path to write, in the folder of ``file``, which it replaces when the block ends; after an error ``file`` is as it was.
+    """A path to write, in the folder of ``file``. It replaces ``file`` when the block ends; after an error ``file`` is unchanged.
 
     The content is on the disk before the move, so that a power cut leaves the old file or the new one. The new file has the old
     one's permissions, or those of any new file.
     """
-    file = Path(os.path.realpath(file))  # a link stays one
+    file = Path(os.path.realpath(file))  # a link is kept, and its target replaced
     file.parent.mkdir(parents=True, exist_ok=True)
     # Named after the process: two of them may write the same file.
     beside = file.with_name(f"{file.name}.{os.getpid()}.unfinished")
@@ -34,7 +34,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def move_folder(beside: Path, folder: Path) -> None:
-    """Move a written folder to its place, on the disk for good; a folder that was there is removed after that."""
+    """Sync a written folder to the disk and move it to its place; a folder that was there is removed after that."""
     sync_tree(beside)
     if folder.exists():
         old = folder.with_name(f"_{folder.name}.old")

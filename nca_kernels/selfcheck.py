@@ -1,4 +1,4 @@
-"""Every backend that runs on a machine against float64, values and gradients, on problems of milliseconds."""
+"""Checks values and gradients of every backend that runs on this machine against float64, on problems of milliseconds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .linear_functional import linear_token_logps, linear_token_stats
 from .loss_table import LOSSES
 from .losses import group_loss
 
-# As a share of the largest number. Rounding alone gives up to 7e-7 in float32, and 1e-2 in bfloat16, of logits and gradients.
+# Relative to the largest number. Rounding alone gives up to 7e-7 in float32, and 1e-2 in bfloat16, for logits and gradients.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class Problem(NamedTuple):
-    """A call to check. Of its ``tensors``, all in float64 but for integers and masks, the ``leaves`` get a gradient."""
+    """A call to check. Its ``tensors`` are float64, except integers and masks; the ``leaves`` get a gradient."""
 
     op: str
     call: Callable[..., Tensor]
@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How an operation of a backend came out over its problems."""
+    """The result of one operation of one backend over its problems."""
 
     op: str
     device: torch.device
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        return self.errors is not None and max(self.errors) <= TOLERANCE[self.dtype]  # NaN is not
+        return self.errors is not None and max(self.errors) <= TOLERANCE[self.dtype]  # false for NaN
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -71,18 +71,18 @@ def _outcome(op: str, problems: list[Problem], device: torch.device, backend: st
             truth = _solve(problem, rounded, torch.device("cpu"), torch.float64, "torch")
             ours = _solve(problem, rounded, device, dtype, backend)
             errors.append([_error(a, b) for a, b in zip(ours, truth, strict=True)])
-    except Exception as error:  # whatever a broken installation raises is the outcome
+    except Exception as error:  # a broken installation may raise anything, and that is the outcome
         return Outcome(op, device, backend, dtype, None, f"{type(error).__name__}: {error}")
     worst = torch.tensor([[values, max(gradients)] for values, *gradients in errors]).amax(0)  # amax keeps NaN
     return Outcome(op, device, backend, dtype, tuple(worst.tolist()))
 
 
 def _solve(problem: Problem, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """The value, and the leaves' gradients."""
+    """The value, and the gradients of the leaves."""
     own = {name: t.detach().to(device, dtype if t.is_floating_point() else None) for name, t in tensors.items()}
     leaves = [own[name].requires_grad_() for name in problem.leaves]
     value = problem.call(**own, backend=backend)
-    # Each number has a weight of its own, so that no gradient can stand for another's.
+    # Each number has another weight, so that a gradient at the wrong place shows.
     weights = torch.linspace(0.5, 1.5, value.numel(), device=device).view_as(value)
     return [value.detach(), *torch.autograd.grad((value * weights).sum(), leaves)]
 
@@ -97,7 +97,7 @@ def _problems() -> Iterator[Problem]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    # A vocabulary that no vector width divides, and labels of which a third is ignored.
+    # No vector width divides this vocabulary; a third of the labels is ignored.
     N, T, V, D, B, K = 3, 20, 1003, 64, 6, 4
     labels = torch.randint(V, (N, T), generator=generator)
     labels[torch.rand((N, T), generator=generator) < 0.3] = -100
@@ -120,7 +120,7 @@ def _problems() -> Iterator[Problem]:
     yield Problem("token_logps", from_logits, logits, ("logits",))
     yield Problem("token_stats", stats_of_logits, logits, ("logits",))
     head = {"hidden": normal(N, T, D), "weight": normal(V, D) / 4, "bias": normal(V), "labels": labels}
-    for leaves in (("hidden",), ("hidden", "weight", "bias")):  # a frozen head and a trained one take different ways
+    for leaves in (("hidden",), ("hidden", "weight", "bias")):  # a frozen head and a trained one take different code paths
         yield Problem("linear_token_logps", from_hidden, head, leaves)
         yield Problem("linear_token_stats", stats_of_hidden, head, leaves)
 

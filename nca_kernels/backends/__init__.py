@@ -1,7 +1,7 @@
-"""The backends, in the order in which ``backend=None`` tries them. A new one is an object with the functions below and a line here.
+"""The backends, in the order in which ``backend=None`` tries them. A new one has the functions below and a line here.
 
-``cuda`` comes before ``triton``: its backward takes 12 instructions an element against 26, and a call 3 us of Python against 11
-to 16 (docs/tuning.md). Where the extension was not built, Triton needs no compiler but its own.
+``cuda`` comes before ``triton``: its backward takes 12 instructions an element and Triton's 26, and a call takes 3 us of Python and
+Triton's 11 to 16 (docs/tuning.md). Triton runs where the extension was not built, since it brings its own compiler.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from . import native, pytorch, triton
 
 
 class Backend(Protocol):
-    """What every backend has; a module serves as well as an object."""
+    """A backend: a module or an object with these names."""
 
     NAME: str
 
     def unsupported(self, op: str, device: torch.device, dtype: torch.dtype | None, loss: str | None = None) -> list[str]:
-        """Every reason why the backend cannot run ``op`` there; none if it can."""
+        """Every reason why the backend cannot run ``op`` on this device; an empty list if it can."""
 
 
 class Kernels(Backend, Protocol):
-    """A backend with kernels of its own, which write into tensors that they are given (docs/architecture.md)."""
+    """A backend with kernels; they write their results into tensors of the caller (docs/architecture.md)."""
 
     def token_logps_fwd(
         self,
@@ -63,5 +63,5 @@ class Kernels(Backend, Protocol):
 
 _KERNELS: tuple[Kernels, ...] = (native.cuda, triton, native.cpu)
 KERNELS: dict[str, Kernels] = {backend.NAME: backend for backend in _KERNELS}
-# The last, ``torch``, has no kernels: the public functions call :mod:`nca_kernels.reference` for it.
+# The last one, ``torch``, has no kernels: the public functions call :mod:`nca_kernels.reference` instead.
 BACKENDS: dict[str, Backend] = {**KERNELS, pytorch.NAME: pytorch}

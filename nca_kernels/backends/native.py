@@ -1,7 +1,7 @@
 """Backends ``cpu`` and ``cuda``: the compiled extension, called with addresses, sizes and strides.
 
-The two extension modules have the same functions (``csrc/nca.h``), so one class serves both. Nothing is loaded before the
-first question: ``import nca_kernels`` stays light.
+The two extension modules have the same functions (``csrc/nca.h``), so one class serves both. An extension is loaded at its
+first use, not by ``import nca_kernels``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from .. import checks
 from ..loss_table import GroupLossArguments
 
-# The numbering of csrc/nca.h.
+# The numbers of csrc/nca.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _numbers(names: tuple[str, ...]) -> dict[str, int]:
-    """The number of each enumerator of csrc/nca.h, by the name that the extension gives it."""
+    """The number of each enumerator of csrc/nca.h, by its name in the extension."""
     return {name: number for number, name in enumerate(names)}
 
 
@@ -40,7 +40,7 @@ class NativeBackend:
     def _module(self) -> ModuleType:
         return importlib.import_module(f"nca_kernels._{self.NAME}")
 
-    @cached_property  # a failed import is searched for anew at every try
+    @cached_property  # cached, since Python searches for a missing module at every import
     def _import_error(self) -> str:
         try:
             _ = self._module
@@ -75,13 +75,13 @@ class NativeBackend:
         return reasons
 
     def _unusable(self, device: torch.device) -> str:
-        """Why the extension's code cannot run on this device, if so."""
-        if device.type == "cuda" and torch.version.hip:  # ROCm calls its GPUs "cuda", too
+        """Why the extension's code cannot run on this device; empty if it can."""
+        if device.type == "cuda" and torch.version.hip:  # on ROCm, too, the device type is "cuda"
             return "this is a GPU of ROCm, and the extension holds code for NVIDIA's"
         return self._module.unusable(-1 if device.index is None else device.index)
 
     def description(self) -> str:
-        """Which machine code runs, or why none does, for the user to read."""
+        """Which machine code runs, or why none does, as text for the user."""
         if self._import_error:
             return self._import_error
         try:
@@ -91,7 +91,7 @@ class NativeBackend:
 
     @staticmethod
     def _launch(tensor: Tensor) -> tuple[int, int, int]:
-        """CPU threads; device and stream of a GPU."""
+        """The number of CPU threads; the device and the stream of a GPU."""
         if tensor.is_cuda:
             return 1, tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
         return torch.get_num_threads(), 0, 0

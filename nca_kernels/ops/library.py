@@ -1,4 +1,4 @@
-"""Registration of operators with ``torch.library``, and of their derivatives. The one file that knows it."""
+"""Registers operators with ``torch.library``, and their derivatives. No other file does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def schema(name: str, arguments: type[tuple], results: str) -> str:
 
 
 def fields(arguments: type[tuple]) -> str:
-    """The fields of a named tuple as a schema spells them."""
+    """The fields of a named tuple, in the syntax of a schema."""
     return ", ".join(f"{SCHEMA_TYPES[hint]} {field}" for field, hint in get_type_hints(arguments).items())
 
 
@@ -46,11 +46,11 @@ def define(schema: str) -> Callable[[Callable], Callable]:
 
 
 def differentiable(op: Callable, inputs: int, setup_context: Callable, backward: Callable) -> Callable:
-    """Register autograd for the first ``inputs`` arguments of an operator; return what the package calls.
+    """Register autograd for the first ``inputs`` arguments of an operator; return the function that the package calls.
 
-    ``torch.library.register_autograd`` does the same in three times the time: it goes through the schema's arguments one by
-    one at every call (160 us for the thirteen of group_loss, whose arithmetic takes 5). The arguments without a derivative
-    travel as one tuple, because PyTorch looks at each argument, forward and backward.
+    ``torch.library.register_autograd`` does the same, and takes three times as long: it goes through the schema's arguments one by
+    one at every call (160 us for the thirteen of group_loss, whose arithmetic takes 5). The arguments without a derivative are
+    passed as one tuple, because PyTorch inspects each argument in forward and backward.
     """
 
     class Derivative(torch.autograd.Function):
@@ -77,8 +77,8 @@ def differentiable(op: Callable, inputs: int, setup_context: Callable, backward:
         return derivative(*arguments)
 
     def call(*arguments: Any) -> Any:
-        # Compilers and function transforms must see the operator before autograd unwraps it. All others skip the dispatcher's
-        # way from the operator to its derivative, which takes 3 us, and without a gradient the derivative, too.
+        # Compilers and function transforms must see the operator before autograd unwraps it. All other calls skip the
+        # dispatcher between the operator and its derivative, which takes 3 us; without a gradient they skip the derivative, too.
         if torch.compiler.is_compiling() or _compat.function_transforms_active():
             return op(*arguments)
         if torch.is_grad_enabled():

@@ -1,7 +1,7 @@
-"""Operators of the linear family: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``.
+"""Operators of the functions on hidden states: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``.
 
-In mode "frozen" (only ``hidden`` needs a gradient) forward makes the derivatives ``u`` and ``w`` that backward scales; in mode
-"trained" backward works from the logits in ``kept`` or from new ones. ``indices`` and ``number`` say which rows have a label
+In mode "frozen" (only ``hidden`` needs a gradient) forward computes the derivatives ``u`` and ``w``, which backward scales. In mode
+"trained" backward takes the logits from ``kept`` or computes them again. ``indices`` and ``number`` say which rows have a label
 (:class:`nca_kernels.linear.Rows`).
 """
 
@@ -19,7 +19,7 @@ from .library import LIBRARY, define, differentiable, fields, no_second_derivati
 
 
 class Saved(NamedTuple):
-    """The last outputs of the forward operators: what backward needs beside their inputs."""
+    """The last outputs of the forward operators: what backward needs in addition to their inputs."""
 
     stats: Tensor
     u: Tensor
@@ -32,7 +32,7 @@ class Saved(NamedTuple):
 def run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, settings: Settings, stat_rows: int, with_entropy: bool
 ) -> Saved:
-    """The forward pass of every operator of the family."""
+    """The forward pass of both operators."""
     if checks.are_read(labels):
         checks.vocabulary(labels, settings.ignore_index, settings.vocab_total)
     rows = linear.labelled_rows(labels, settings.ignore_index)
@@ -54,7 +54,7 @@ def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Setti
 
 
 def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> int:
-    """In elements; none unless the head is trained and ``save_budget`` buys any."""
+    """The number of logits that are kept; 0 unless the head is trained and ``save_budget`` is above 0."""
     if settings.mode != "trained" or settings.save_budget == 0:
         return 0
     return tiles.stored_elements(hidden.shape[0], weight.shape[0], settings.save_budget, settings.logits_dtype)
@@ -166,7 +166,7 @@ def _linear_frozen_bwd_fake(
 
 
 def save(ctx: Any, variables: tuple[Any, ...], labels: Tensor, settings: Settings, saved: Saved, needs_weight: bool) -> None:
-    """With the head frozen, ``u`` and ``w`` take the place of the hidden states."""
+    """Save what backward needs; for a frozen head ``u`` and ``w`` take the place of the hidden states."""
     hidden, weight, bias = variables
     ctx.settings, ctx.dtype = settings, hidden.dtype
     frozen = settings.mode == "frozen"
@@ -181,7 +181,7 @@ def save(ctx: Any, variables: tuple[Any, ...], labels: Tensor, settings: Setting
 def gradients(
     ctx: Any, dlogps: Tensor | None, dlse: Tensor | None = None, dentropy: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``dhidden``, ``dweight``, ``dbias``; ``None`` for one that nothing needs."""
+    """``dhidden``, ``dweight`` and ``dbias``; ``None`` for one that is not needed."""
     upstream = (dlogps, dlse, dentropy)
     if all(gradient is None for gradient in upstream):
         return None, None, None

@@ -1,4 +1,4 @@
-"""The operator of ``linear_token_stats``: that of ``linear_token_logps`` with four statistics of a row in place of three."""
+"""The operator of ``linear_token_stats``: as that of ``linear_token_logps``, with four statistics of a row and not three."""
 
 from __future__ import annotations
 

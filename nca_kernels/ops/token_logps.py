@@ -1,8 +1,8 @@
 """Operators of ``token_logps`` and ``token_stats``: ``logits [..., V]`` and ``labels [...]``, already shifted.
 
 ``stats`` is ``[3, ...]`` in float32: the row's maximum of ``z``, its sum of ``exp(z - max)`` and the label's ``z``. Maximum and
-sum are kept apart because a log-sum-exp of 1e4 has an ulp of 1e-3 in float32, and so would every probability formed from
-it. ``token_stats`` has a fourth number, the sum of ``(z - max) exp(z - max)``, from which the entropy comes.
+sum are separate, because a log-sum-exp of 1e4 has an ulp of 1e-3 in float32, and every probability formed from it would have that
+error. ``token_stats`` has a fourth number for the entropy, the sum of ``(z - max) exp(z - max)``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _MIN_CAPABILITY = (8, 0)  # Triton's own: https://github.com/triton-lang/triton#
 
 
 def unsupported(op: str, device: torch.device, dtype: torch.dtype | None, loss: str | None = None) -> list[str]:
-    """Every reason why this backend cannot run `op` there; none means that it can."""
+    """Every reason why this backend cannot run `op` on this device; an empty list if it can."""
     reasons = [*_without_triton(), *_wrong_device(device)]
     if op not in _OPS:
         reasons.append(f"it has no {op!r}, only {', '.join(_OPS)}")
@@ -30,7 +30,7 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype | None, loss: 
     return reasons
 
 
-@functools.cache  # asked at every call, and the import system is slow
+@functools.cache  # called for every choice of a backend, and find_spec is slow
 def _without_triton() -> tuple[str, ...]:
     return () if importlib.util.find_spec("triton") else ("Triton is not installed (pip install triton)",)
 
@@ -41,7 +41,7 @@ def _wrong_device(device: torch.device) -> list[str]:
         return [] if interpreted else ["CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"]
     if device.type != "cuda":
         return [f"it runs on CUDA tensors, not on {device.type!r}"]
-    if torch.version.hip:  # ROCm calls its GPUs "cuda", too
+    if torch.version.hip:  # on ROCm, too, the device type is "cuda"
         return ["its settings are made for NVIDIA GPUs, and this is one of ROCm"]
     if not torch.cuda.is_available():
         return ["PyTorch sees no CUDA device"]

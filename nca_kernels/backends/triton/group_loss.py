@@ -1,14 +1,15 @@
 """The K-way losses: loss, implicit rewards and dloss/dlogps of every prompt in one launch.
 
-A group is small (B = 64, K = 4), so the launch is the cost, not the arithmetic. One program takes all prompts, in tiles
-[BLOCK_B, BLOCK_K], and adds up their losses in a fixed order: no second launch, no atomics. Larger batches go to several
+A batch is small (B = 64, K = 4), so the launch is the cost, not the arithmetic. One program takes all prompts, in tiles
+[BLOCK_B, BLOCK_K], and adds up their losses in a fixed order: no second launch, no atomics. Larger batches take several
 programs, whose losses a second launch adds up (:meth:`~nca_kernels.loss_table.GroupLossArguments.wants_several_blocks`).
 
-What compares responses with each other takes tiles [BLOCK_B, BLOCK_K, BLOCK_J]: all responses against some of them, which
-are loaded once more in that shape, so that the pairs lie side by side in the threads and K has no bound.
+Losses that compare responses use tiles [BLOCK_B, BLOCK_K, BLOCK_J]: all responses against BLOCK_J of them, which are loaded once
+more in that shape. The pairs then lie side by side in the threads, and K has no bound.
 
-In the names below l = logps - ref_logps, r = beta * l, s = scores (-inf where not valid); every loss gives its values
-[BLOCK_B] and its derivatives dr or dl [BLOCK_B, BLOCK_K]. Entries that are not valid are never loaded, so they cannot matter.
+Names: l = logps - ref_logps, r = beta * l, s = scores (-inf where not valid). Every loss returns its values [BLOCK_B] and its
+derivatives dr or dl [BLOCK_B, BLOCK_K]. Entries that are not valid are never loaded, so their values do not matter.
+
 Sources: InfoNCA, NCA and biased NCA, Chen et al. 2024 (arXiv 2402.05369); DPO, Rafailov et al. 2023 (arXiv 2305.18290); IPO,
 Azar et al. 2023 (arXiv 2310.12036); KTO, Ethayarajh et al. 2024 (arXiv 2402.01306); Plackett-Luce, docs/math.md.
 """
@@ -24,9 +25,9 @@ from ...loss_table import GroupLossArguments
 _TILE = 512  # elements of a tile [BLOCK_B, BLOCK_K]: four for each thread of the program's four warps
 _CUBE = 512  # of a tile [BLOCK_B, BLOCK_K, BLOCK_J]; with 1024 Plackett-Luce spills registers on some GPUs
 _NUM_WARPS = 4
-_COMPARING = ("dpo", "ipo", "plackett_luce")  # the losses with such tiles
+_COMPARING = ("dpo", "ipo", "plackett_luce")  # the losses that use tiles [BLOCK_B, BLOCK_K, BLOCK_J]
 
-# One compiled kernel serves every shape: no integer's value and no address enters the compile key.
+# One compiled kernel serves every shape: the compile key contains no integer's value and no address.
 _SCALARS = ["B", "K"]
 _POINTERS = [
     "logps", "ref_logps", "scores", "mask", "lengths", "desirable", "baseline", "loss", "rewards", "dlogps", "losses",
@@ -35,7 +36,7 @@ _POINTERS = [
 
 @triton.jit
 def _log1p(x):
-    # log(1 + x) loses what 1 + x rounds away; the factor x / ((1 + x) - 1) gives it back.
+    # log(1 + x) loses what 1 + x rounds away; the factor x / ((1 + x) - 1) restores it.
     rounded = 1.0 + x
     kept = rounded - 1.0
     return tl.where(kept == 0.0, x, tl.log(rounded) * (x / tl.where(kept == 0.0, 1.0, kept)))
@@ -64,7 +65,7 @@ def _responses(logps, ref_logps, scores, mask, lengths, rows, cols, B, K):
     n = tl.where(valid, 1.0, 1.0)
     if lengths is not None:
         n = tl.load(lengths + at, mask=valid, other=1.0)
-        n = tl.where(n < 1.0, 1.0, n)  # not tl.maximum, which would hide NaN
+        n = tl.where(n < 1.0, 1.0, n)  # not tl.maximum, which drops a NaN
     return valid, logp, l, s, n
 
 
@@ -78,7 +79,7 @@ def _weights(s, best, valid, alpha):
 
 @triton.jit
 def _weighted(w, term):
-    """w * term; 0 where w is: a response without weight may be impossible, and 0 * inf is NaN."""
+    """w * term; 0 where w is 0: a response without weight may have log-prob -inf, and 0 * inf is NaN."""
     return tl.where(w > 0.0, w * term, 0.0)
 
 
@@ -103,7 +104,7 @@ def _nca(r, w, noise):
 def _pair_term(margin, beta, label_smoothing, LOSS: tl.constexpr):
     """A pair's loss and its derivative."""
     if LOSS == "dpo":
-        flipped = tl.where(label_smoothing > 0.0, label_smoothing * _log_sigmoid(-margin), 0.0)  # not 0 * inf
+        flipped = tl.where(label_smoothing > 0.0, label_smoothing * _log_sigmoid(-margin), 0.0)  # avoids 0 * inf
         term = -(1.0 - label_smoothing) * _log_sigmoid(margin) - flipped
         slope = label_smoothing * _sigmoid(margin) - (1.0 - label_smoothing) * _sigmoid(-margin)
     else:
@@ -114,7 +115,7 @@ def _pair_term(margin, beta, label_smoothing, LOSS: tl.constexpr):
 
 @triton.jit
 def _compared(l, n, beta, LOSS: tl.constexpr):  # noqa: E741
-    """What the pairwise losses compare."""
+    """The values that the pairwise losses compare."""
     return l / n if LOSS == "ipo" else beta * l
 
 
@@ -123,7 +124,7 @@ def _pairwise(
     l, s, n, best, valid, logps, ref_logps, scores, mask, lengths, rows, cols, B, K, beta, label_smoothing,  # noqa: E741
     LOSS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """The mean over pairs of a loss of x_i - x_j; each response gathers its derivative as the better and as the worse one."""
+    """The mean over pairs of a loss of x_i - x_j; each response sums its derivative over all pairs that it is in."""
     x = _compared(l, n, beta, LOSS)
     value = tl.zeros_like(x)
     dx = tl.zeros_like(x)
@@ -161,9 +162,9 @@ def _gaps(r, s, valid, logps, ref_logps, scores, mask, rows, cols, cols_j, B, K,
 def _plackett_luce(r, s, best, valid, logps, ref_logps, scores, mask, rows, cols, B, K, beta, BLOCK_J: tl.constexpr):
     """With D_i = log sum_j exp(r_j - r_i), the mean of D; dr_k = (sum of exp(r_k - r_i - D_i) over s_i >= s_k, less 1) / n.
 
-    A response with none at or below it has D = 0 and adds nothing to either, so it is left out of n alone.
+    A response with no other one at or below it has D = 0 and adds nothing to either, so it only needs to be left out of n.
     """
-    top = tl.zeros_like(r)  # r_i itself is among the r_j
+    top = tl.zeros_like(r)  # r_i itself is one of the r_j
     rest = tl.zeros_like(r)
     count = tl.zeros_like(r)
     for start in range(0, K, BLOCK_J):
@@ -183,7 +184,7 @@ def _plackett_luce(r, s, best, valid, logps, ref_logps, scores, mask, rows, cols
         dr_j = tl.sum(tl.where(others, tl.exp(gaps - D[:, :, None]), 0.0), axis=1)
         dr += tl.sum(tl.where(cols[:, :, None] == cols_j[:, None, :], dr_j[:, None, :], 0.0), axis=2)
     n = tl.maximum(tl.sum(tl.where(count > 0.0, 1.0, 0.0), axis=1), 1.0)
-    differ = tl.sum(tl.where(valid & (s < best), 1.0, 0.0), axis=1) > 0.0  # scores all equal state no preference
+    differ = tl.sum(tl.where(valid & (s < best), 1.0, 0.0), axis=1) > 0.0  # equal scores state no preference
     learns = tl.where(differ, 1.0 / n, 0.0)
     return tl.sum(tl.where(valid, D, 0.0), axis=1) * learns, dr * learns[:, None]
 
@@ -242,7 +243,7 @@ def _group_loss_fwd_kernel(
             value, dr = _nca(r, _weights(s, best, valid, alpha), tl.where(valid, 1.0 / count, 0.0))
             dl = beta * dr
         elif LOSS == "biased_nca":
-            w = tl.where(count > 1.0, _weights(s, best, valid, alpha), 0.0)  # one response alone is no choice
+            w = tl.where(count > 1.0, _weights(s, best, valid, alpha), 0.0)  # a single response states no preference
             noise = tl.where(valid & (count > 1.0), (1.0 - w) / tl.maximum(count - 1.0, 1.0), 0.0)
             value, dr = _nca(r, w, noise)
             dl = beta * dr
@@ -267,7 +268,7 @@ def _group_loss_fwd_kernel(
             w = _weights(s, best, valid, alpha)
             value -= nll_weight * tl.sum(_weighted(w, logp / n), axis=1)
             dl -= nll_weight * w / n
-        # A NaN among the valid inputs: comparisons may keep it from the results, so it is put there.
+        # A NaN among the valid inputs: comparisons may keep it from the results, so it is written into them.
         unknown = valid & ((l != l) | (s != s) | (n != n))
         if baseline is not None:
             baselines = tl.where(valid, z, 0.0)
@@ -301,7 +302,7 @@ def _group_loss_sum_kernel(losses, loss, B, factor, BLOCK: tl.constexpr):
 def _launch(name: str, K: int) -> dict[str, int | bool]:
     block_k = triton.next_power_of_2(K)
     block_j = min(block_k, max(_CUBE // block_k, 1), 32) if name in _COMPARING else 1
-    # No fusing: beta * l - max must be 0 for the largest, however large it is.
+    # No fusing: beta * l - max must be 0 for the largest one, whatever its size.
     return {
         "BLOCK_B": max(min(_TILE // block_k, _CUBE // (block_k * block_j)), 1),
         "BLOCK_K": block_k,

@@ -1,16 +1,15 @@
 """Log-probs of labels, log softmax(z)[label] with z = softcap * tanh(scale * logits / softcap), and their gradient.
 
-With ``stats`` of four rows, forward also writes ``sum_v gap_v exp(gap_v)``, ``gap_v = z_v - max z``, from which the entropy
-follows. Without them, and without gradients of the log-sum-exp and the entropy, the compiled code is free of both.
+With ``stats`` of four rows, forward also writes the moment ``sum_v gap_v exp(gap_v)``, ``gap_v = z_v - max z``, from which the
+entropy follows. With three rows, and without gradients of the log-sum-exp and the entropy, the compiled code contains neither.
 
-A row is read as 16-byte words counted from the boundary at or before its first element, so loads are vectorised at any
-stride, offset and vocabulary size (a pad token makes many vocabularies odd), and alignment never asks for a recompile.
-Elements of the first and last word that belong to a neighbour are dropped; a word never crosses a page, so touching
-them is safe.
+A row is read as 16-byte words, counted from the boundary at or before its first element. So loads are vectorised at any stride,
+offset and vocabulary size (a pad token makes many vocabularies odd), and alignment never causes a recompile. Elements of the first
+and last word that belong to a neighbouring row are dropped. Reading them is safe, because a word never crosses a page.
 
-In a tile [WORDS, VEC] a word lies in one thread's registers: a maximum and a sum are kept per word's place, and threads
-meet once, at the end of the row. One rescale a word keeps the exponentials at 1 + 1/VEC an element, which matters: two
-an element would use up the H100's special-function units at its memory bandwidth in bfloat16.
+In a tile [WORDS, VEC] a word lies in the registers of one thread. A maximum and a sum are kept for each of the WORDS places, and
+threads combine theirs once, at the end of the row. The sums are rescaled once a word, which takes 1 + 1/VEC exponentials an
+element. Two an element would saturate the H100's special-function units at its memory bandwidth in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-# The maximum's start. Finite, so that -inf logits give exp(-inf - max) = 0 and not exp(-inf + inf) = NaN.
+# The initial maximum. It is finite, so that -inf logits give exp(-inf - max) = 0 and not exp(-inf + inf) = NaN.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
-# A gap z - max whose exponential is exactly 0 in float32. Gaps are kept above it where they meet their exponential, because
-# -inf * 0 is NaN.
+# A gap z - max whose exponential is exactly 0 in float32. Gaps are clamped to it before they are multiplied by their exponential,
+# because -inf * 0 is NaN.
 _GONE = tl.constexpr(-128.0)
 
-# One compiled kernel serves every shape: no integer's value and no address enters the compile key.
+# One compiled kernel serves every shape: the compile key contains no integer's value and no address.
 _SCALARS = [
     "T", "V", "stride_n", "stride_t", "dstride_n", "dstride_t", "ignore_index", "vocab_start", "vocab_total", "blocks",
 ]  # fmt: skip
@@ -35,17 +34,17 @@ _POINTERS = ["logits", "labels", "logps", "stats", "dlogps", "dlogits", "dlse", 
 
 @triton.jit
 def _exp(x):
-    # The same instruction as tl.exp, without the three around it that keep results below 1e-38; those become 0, which neither a
-    # sum of at least 1 nor a gradient beside it can tell.
+    # The instruction of tl.exp, without the three around it that preserve results below 1e-38. Those become 0 here, which changes
+    # neither a sum of at least 1 nor a gradient formed from it.
     # The maximum has been subtracted before the product with 1 / log(2), so logits of 1e4 lose nothing.
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def _tanh(u):
-    # libdevice's tanh does not exist in the interpreter. Of |u|, with the sign put back: for u < 0 the quotient would lie near
-    # 2, and the 2 ulp that a GPU's division may be off would all be in 1 - tanh^2. Near 0 the difference cancels; there an odd
-    # polynomial, fitted to 1.5e-8 relative on |u| < 0.5.
+    # libdevice's tanh does not exist in the interpreter. This is tanh of |u| with the sign of u: for u < 0 the quotient would be
+    # near 2, and a GPU's division, which may be off by 2 ulp, would put that error into 1 - tanh^2. Near 0 the difference cancels;
+    # there an odd polynomial is used, with a relative error of 1.5e-8 on |u| < 0.5.
     s = u * u
     near_zero = tl.fma(s, 0.017241834, -0.05304564)
     near_zero = tl.fma(s, near_zero, 0.1332588)
@@ -76,7 +75,7 @@ def _first_word(row, VEC: tl.constexpr):
 
 @triton.jit
 def _online(top, total, moment, z, HAS_MOMENT: tl.constexpr):
-    """Take z [WORDS, VEC] into the running maximum, sum of exponentials and moment [WORDS]. NaN lives on in the sums."""
+    """Update the running maximum, sum of exponentials and moment [WORDS] with z [WORDS, VEC]. The sums keep a NaN."""
     new = tl.maximum(top, tl.max(z, axis=1))
     drop = top - new
     kept = _exp(drop)
@@ -126,7 +125,7 @@ def _token_logps_fwd_kernel(
     first = logits + n * stride_n + t * stride_t
     column = label - vocab_start
     here = (column >= 0) & (column < V)
-    # Used after the loops alone: before them the row would wait for its label, then for this, then for its first words.
+    # Used only after the loops: before them, the row would wait for its label, then for this load, then for its first words.
     at_label = tl.load(first + column, mask=here, other=0.0)
 
     BLOCK: tl.constexpr = WORDS * VEC
@@ -138,8 +137,8 @@ def _token_logps_fwd_kernel(
     top = tl.full([WORDS], _LOWEST, tl.float32)
     total = tl.zeros([WORDS], tl.float32)
     moment = tl.zeros([WORDS], tl.float32)
-    # The first and the last block (one and the same in a short row) take masks, those between do without. One comparison
-    # does for both ends: what lies before the row becomes a large number.
+    # The first and the last block, which are the same one in a short row, need masks; the blocks between do not. One unsigned
+    # comparison covers both ends: a position before the row becomes a large number.
     for start in range(0, end, tl.maximum(last, BLOCK)):
         at = start + words + lanes
         x = tl.load(first + at, mask=start + words < end, other=0.0)
@@ -155,7 +154,7 @@ def _token_logps_fwd_kernel(
     drop = top - row_top
     kept = _exp(drop)
     if HAS_MOMENT:
-        # The entropy is a difference of both sums: in float32 these few additions would be most of its error.
+        # The entropy is a difference of both sums: in float32, these few additions would be most of its error.
         moments = tl.fma(tl.maximum(drop, _GONE), total, moment) * kept
         tl.store(stats + 3 * rows + row, tl.sum(moments.to(tl.float64), axis=0).to(tl.float32))
         row_total = tl.sum((total * kept).to(tl.float64), axis=0).to(tl.float32)
@@ -190,7 +189,7 @@ def _token_logps_bwd_kernel(
     inner,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
-    ALIKE: tl.constexpr,  # a row of dlogits begins at the same place of its 16-byte word as the row of logits
+    ALIKE: tl.constexpr,  # a row of dlogits begins at the same offset in its 16-byte word as the row of logits
     WORDS: tl.constexpr,
     VEC: tl.constexpr,
 ):
@@ -215,8 +214,8 @@ def _token_logps_bwd_kernel(
     at = words + tl.arange(0, VEC)[None, :]
 
     # dz = dlogp (onehot - p) + dlse p - dentropy p (log p + H), where log p + H = gap - moment / total. So each column is
-    # p (per_p + per_gap * gap), and the label's has dlogp (1 - p) in place of -dlogp p.
-    # 1 - p at the label is -expm1(logp) = -2h / (1 - h), h = tanh(logp / 2): exact where p is near 1.
+    # p (per_p + per_gap * gap), and the label's column has dlogp (1 - p) in place of -dlogp p.
+    # 1 - p at the label is -expm1(logp) = -2h / (1 - h) with h = tanh(logp / 2), which is accurate where p is near 1.
     half = _tanh(0.5 * (target - row_top - tl.log(row_total)))
     at_label = dlogp * (-2.0 * half / (1.0 - half))
     inverse = 1.0 / row_total
@@ -259,11 +258,11 @@ def _transform(scale: float, softcap: float | None) -> dict[str, float | bool]:
 
 
 def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps: int) -> dict[str, int | bool]:
-    """As many warps, a power of two, as pass a row in about `trips` blocks, each thread holding so many words."""
+    """As many warps, a power of two, as read a row in about `trips` blocks with `words_per_thread` words in each thread."""
     bytes_per_warp = 32 * words_per_thread * 16 * trips
     num_warps = min(triton.next_power_of_2(triton.cdiv(V * itemsize, bytes_per_warp)), most_warps)
-    # Were the compiler free to fuse, scale * logits - max would be exact for one and rounded for the other: at |z| = 1e4
-    # exp(max - max) could then miss 1 by 5e-4. Where fusing is wanted, the kernels say so.
+    # If the compiler fused scale * logits - max, the product would be exact here and rounded in max: at |z| = 1e4,
+    # exp(max - max) could then differ from 1 by 5e-4. The kernels call tl.fma where they want fusing.
     return {
         "WORDS": 32 * num_warps * words_per_thread,
         "VEC": 16 // itemsize,
@@ -273,31 +272,31 @@ def _launch(V: int, itemsize: int, words_per_thread: int, trips: int, most_warps
 
 
 def _fwd_launch(V: int, itemsize: int, softcap: float | None, has_moment: bool) -> dict[str, int | bool]:
-    """A row to a program: from 1 warp (up to 8 KiB) to 16 (more than 64 KiB).
+    """One row for each program: from 1 warp (rows up to 8 KiB) to 16 (more than 64 KiB).
 
-    Four words a thread are four loads in flight: with 1024 threads to a multiprocessor, 64 KiB, about three times what
-    an H100's memory latency asks for. Not 32 warps: two programs no longer fit then, and the start of a row waits for
+    Four words a thread are four loads in flight: with 1024 threads on a multiprocessor, 64 KiB, about three times what an H100's
+    memory latency needs. With 32 warps two programs would no longer fit on a multiprocessor, and the start of a row would wait for
     the end of another.
     """
-    # With the moment or a softcap, four words take 64 registers and more, and spill on some GPUs (sm_100, sm_120). Two take 40
-    # to 56, and 1024 threads to a multiprocessor with two loads in flight each are 32 KiB, still more than the latency asks for.
+    # With the moment or a softcap, four words take 64 registers or more, and spill on some GPUs (sm_100, sm_120). Two take 40 to
+    # 56. Then 1024 threads with two loads in flight each have 32 KiB, which is still more than the latency needs.
     words = 2 if has_moment or softcap is not None else 4
     launch = _launch(V, itemsize, words_per_thread=words, trips=16 // words, most_warps=16)
-    # Told that it may have 64 registers, ptxas puts all four loads first; left alone, it takes 32 to 51 (Triton 3.6) and
-    # starts two or three of them, the others between the arithmetic. With a softcap 64 are too few for sm_100.
+    # With maxnreg=64, ptxas issues all four loads first. Without it, ptxas takes 32 to 51 registers (Triton 3.6), issues two or
+    # three loads, and the others between the arithmetic. With a softcap, 64 registers are too few on sm_100.
     return launch if softcap is not None else {**launch, "maxnreg": 64}
 
 
 def _bwd_launch(V: int, itemsize: int) -> dict[str, int | bool]:
-    """A block of up to 8 KiB to a program, without a loop: few rows still fill the GPU.
+    """A block of up to 8 KiB for each program, without a loop: few rows still fill the GPU.
 
-    Two words a thread: four take 80 registers and more for 16-bit logits, and fewer threads fit.
+    Two words a thread: four would take 80 registers or more for 16-bit logits, and fewer threads would fit.
     """
     return _launch(V, itemsize, words_per_thread=2, trips=1, most_warps=8)
 
 
 def _row_strides(logits: torch.Tensor) -> tuple[int, int]:
-    """The strides between rows [N, T]. Of a dimension of size 1 it is 0: whatever it is, no address depends on it."""
+    """The strides between rows [N, T]; 0 for a dimension of size 1, whose stride no address depends on."""
     stride_n, stride_t = (stride if size > 1 else 0 for size, stride in zip(logits.shape[:2], logits.stride()[:2], strict=True))
     return stride_n, stride_t
 
