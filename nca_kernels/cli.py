@@ -201,8 +201,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         inspect_run(run, rows=arguments.rows)
 
 
-def _how_to_go_on(output_dir: str | None) -> str:
-    if output_dir is not None and any(Path(output_dir).glob("checkpoint-*")):
+def _how_to_go_on(output_dir: str) -> str:
+    if any(Path(output_dir).glob("checkpoint-*")):
         return "the same command with --resume_from_checkpoint true goes on from the last checkpoint"
     return "there is no checkpoint yet to go on from (save_steps says how often one is written)"
 

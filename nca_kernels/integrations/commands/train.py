@@ -17,6 +17,7 @@ from ...dispatch import resolve
 from ...loss_table import LOSSES
 from ..data.load import Groups, load_groups
 from ..data.rows import response_counts, tokenized
+from ..models.heads import causal_lm
 from ..models.pretrained import load_tokenizer
 from ..training.card import Training, write_card
 from ..training.config import NCAConfig
@@ -50,14 +51,15 @@ def prepare(run: Run) -> NCATrainer:
     peft_config = _lora(sources.lora)
     model = policy_of(sources.model, peft_config, config.seed, config.model_init_kwargs)
     total = sum(map(_size, model.parameters()))
-    say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {model.dtype}")
+    dtype = causal_lm(model).dtype
+    say(f"model    {sources.model}: {total / 1e6:,.2f} M parameters, {dtype}")
     say(f"data     {sources.data}: {describe_groups(train)}")
     say(f"layout   {train.layout}")
     if heldout is not None:
         say(f"eval     {sources.eval_data}: {describe_groups(heldout)}")
     say(f"loss     {describe_loss(config, train.preference)}")
     say(f"batch    {_batch(config)}")
-    say(f"kernels  {_kernels(config, model.dtype)}")
+    say(f"kernels  {_kernels(config, dtype)}")
     with config.main_process_first(desc="tokens"):
         rows = tokenized(train, tokenizer, config.row_options())
         heldout_rows = None if heldout is None else tokenized(heldout, tokenizer, config.row_options())
@@ -153,8 +155,9 @@ def _speaker(config: NCAConfig) -> Callable[[str], None]:
 
 def _size(parameter: torch.nn.Parameter) -> int:
     """Of the whole parameter: ZeRO-3 leaves 0 elements in a tensor whose shards it keeps elsewhere, 4-bit weights are packed."""
-    if getattr(parameter, "quant_state", None) is not None:
-        return parameter.quant_state.shape.numel()
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return packed.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -108,6 +108,9 @@ class NCAConfig(TrainingArguments):
     remove_unused_columns: bool = _option(False, "must be false: a batch is no keyword arguments of the model")
     logging_nan_inf_filter: bool = _option(False, "replace a NaN or infinite loss in the log, at a host sync a step")
 
+    if TYPE_CHECKING:
+        output_dir: str = "trainer_output"  # None until TrainingArguments' __post_init__, which gives it this name
+
     def __post_init__(self) -> None:
         checks.one_of("loss", self.loss, LOSSES)
         checks.positive("beta", self.beta)
@@ -140,7 +143,7 @@ class NCAConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: got True, wanted False: it would remove prompts, responses and scores")
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches:
+        if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # an AcceleratorConfig by now
             raise ValueError("accelerator_config: got dispatch_batches True, wanted False: ragged batches cannot be dealt out")
         if self.reference_cache_dir is None:
             self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "_reference_cache"))

@@ -87,6 +87,12 @@ def warn_of_losses(policy: nn.Module, learning_rate: float) -> None:
         logger.warning("model: output_router_logits is set; the loss that balances its experts is no part of this one")
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """The number of the model's embeddings, which every id is below."""
+    embeddings: Any = causal_lm(model).get_input_embeddings()
+    return embeddings.num_embeddings
+
+
 def check_reference(ref_model: object, policy: nn.Module) -> None:
     """TypeError, ValueError for what cannot be frozen beside the policy."""
     if not isinstance(ref_model, nn.Module):

@@ -15,6 +15,7 @@ from ... import _compat, files
 from ..models.main_process import on_main, print_main
 from . import checkpoints
 from .checkpoints import Checkpoint, Fingerprint
+from .config import NCAConfig
 from .loss_guard import LossGuard
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class ResumableTrainer(Trainer):
     before it saves a model that has such a loss or such weights.
     """
 
+    args: NCAConfig
+    model: nn.Module
     run_settings: str
     fingerprint: Fingerprint
     loss_guard: LossGuard

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
+from typing import Any
 
 import torch
 import transformers
@@ -59,12 +60,11 @@ def run_fingerprint(config: NCAConfig, model: nn.Module, rows: Dataset | None, r
     Args:
         rows: as they were given, tokenized; their reference log-probs count only if they came with them.
     """
-    peft = isinstance(model, PeftModel)
     fingerprint: Fingerprint = {key: _plain(getattr(config, key)) for key in _DECISIVE if hasattr(config, key)}
     fingerprint["processes"] = config.world_size
     fingerprint["mixed_precision"] = config.mixed_precision
-    fingerprint["model"] = weights_digest(model, base=peft and adapter_changes_nothing(model))
-    if peft:
+    fingerprint["model"] = weights_digest(model, base=isinstance(model, PeftModel) and adapter_changes_nothing(model))
+    if isinstance(model, PeftModel):
         adapters = {name: json.loads(json.dumps(adapter.to_dict(), default=_plain)) for name, adapter in model.peft_config.items()}
         fingerprint["adapter"] = {name: _described(adapter) for name, adapter in adapters.items()}
     fingerprint["ref_model"] = None if ref_model is None else weights_digest(ref_model, base=False)
@@ -94,7 +94,7 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _default(field: object) -> object:
+def _default(field: Field[Any]) -> object:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return getattr(field.default, "value", field.default)

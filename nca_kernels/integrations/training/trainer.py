@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -34,7 +34,7 @@ from .kto_baseline import KTOBaseline
 from .loss_guard import LossGuard
 from .metrics import GroupMetrics, TokenSums
 from .plots import PlotsCallback
-from .policy import check_reference, policy_of, warn_of_losses
+from .policy import check_reference, policy_of, vocabulary_of, warn_of_losses
 from .resumable import ResumableTrainer
 from .run_modes import keep_4bit_gradients, refuse_split_sequences, refuse_tensor_parallel
 from .run_record import run_fingerprint, run_settings
@@ -81,6 +81,8 @@ class NCATrainer(ResumableTrainer):
         trainer.train()
     """
 
+    processing_class: PreTrainedTokenizerBase | None
+
     def __init__(
         self,
         model: nn.Module | str | os.PathLike,
@@ -110,7 +112,7 @@ class NCATrainer(ResumableTrainer):
         if ref_model is not None:
             check_reference(ref_model, model)
             refuse_tensor_parallel("ref_model", ref_model)
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = vocabulary_of(model)
         with args.main_process_first(desc="rows"):
             if train_dataset is not None:
                 train_dataset = prepare_rows("train_dataset", train_dataset, processing_class, args.row_options(), vocabulary)
@@ -121,15 +123,16 @@ class NCATrainer(ResumableTrainer):
             )
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0  # any id will do
         self._collator = GroupCollator(pad_token_id, "share_prompt" if args.share_prompt else "padded")
+        collator = MismatchedCollator(self._collator) if args.loss == "kto" else self._collator
         super().__init__(
             model,
             args,
-            MismatchedCollator(self._collator) if args.loss == "kto" else self._collator,
+            collator,  # type: ignore[arg-type]  # transformers wants a dict of it, and a TypedDict is none to mypy
             train_dataset,
             eval_dataset,
             processing_class,
             callbacks=callbacks,
-            optimizers=optimizers,
+            optimizers=optimizers,  # type: ignore[arg-type]  # transformers takes any scheduler, and names the LambdaLR
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate shards no model on {args.device.type}, it would run as DistributedDataParallel")
@@ -152,7 +155,7 @@ class NCATrainer(ResumableTrainer):
             ref_model,
             self.model,
             self.compute_logps,
-            lambda rows: cast(Batch, self._prepare_inputs(self._collator(rows))),
+            lambda rows: self._on_device(self._collator(rows)),
             self.accelerator,
             ReferenceOptions(**{name: getattr(args, name) for name in ReferenceOptions._fields}),
         )
@@ -160,6 +163,10 @@ class NCATrainer(ResumableTrainer):
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         to_device(model, device)
+
+    def _on_device(self, batch: Mapping[str, Any]) -> Batch:
+        """A batch of the collator, on this rank's device."""
+        return cast(Batch, self._prepare_inputs({**batch}))
 
     def _setup_reference(self) -> None:
         """Give all rows their reference log-probs, or keep the model that computes them; refuse beforehand what cannot run."""
@@ -232,7 +239,7 @@ class NCATrainer(ResumableTrainer):
 
     def _log_ratios(self, batch: Batch) -> Tensor:
         """``logps - ref_logps`` of a batch that is on any device, without gradients."""
-        batch = self._prepare_inputs(batch)
+        batch = self._on_device(batch)
         with evaluating(self.model), self.accelerator.autocast():
             return self._per_token(self.compute_logps(self.model, batch) - self._ref_logps(batch), batch)
 
@@ -295,7 +302,7 @@ class NCATrainer(ResumableTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -304,7 +311,7 @@ class NCATrainer(ResumableTrainer):
         Multiplied by the world size, because gradients are averaged over ranks. ``return_outputs`` adds the implicit ``rewards``.
         """
         with self._clock.from_head(model) if self._clock and model.training else nullcontext():
-            loss, rewards = self._group_loss(model, inputs)
+            loss, rewards = self._group_loss(model, cast(Batch, inputs))
         if num_items_in_batch is None:
             loss = loss / len(inputs["mask"])
         else:
@@ -331,11 +338,11 @@ class NCATrainer(ResumableTrainer):
         return loss, rewards
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
         """Adds to the metrics, the loss among them: Trainer's own mean of batches would weigh prompts by their batch."""
         with torch.no_grad():
-            self._group_loss(model, self._prepare_inputs(inputs))
+            self._group_loss(model, self._on_device(inputs))
         return None, None, None
 
     def evaluate(
@@ -348,7 +355,11 @@ class NCATrainer(ResumableTrainer):
         named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
         if not (eval_dataset is None or isinstance(eval_dataset, dict) or named):
             eval_dataset = self._prepared("eval_dataset", eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(
+            eval_dataset,  # type: ignore[arg-type]  # it takes a name, too, and passes each value of a mapping to this method
+            ignore_keys,
+            metric_key_prefix,
+        )
 
     def predict(
         self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -358,12 +369,17 @@ class NCATrainer(ResumableTrainer):
 
     def _prepared(self, name: str, rows: Rows) -> Dataset:
         with self.args.main_process_first(desc="rows"):
-            vocabulary = self.model.get_input_embeddings().num_embeddings
-            rows = prepare_rows(name, rows, self.processing_class, self.args.row_options(), vocabulary, training=False)
+            options, vocabulary = self.args.row_options(), vocabulary_of(self.model)
+            rows = prepare_rows(name, rows, self.processing_class, options, vocabulary, training=False)
         return self._rows_with_ref_logps(name, rows)
 
     def evaluation_loop(
-        self, dataloader: DataLoader, *args: object, metric_key_prefix: str = "eval", **kwargs: object
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         began = time.perf_counter()
         self._eval_metrics = GroupMetrics()
@@ -371,12 +387,18 @@ class NCATrainer(ResumableTrainer):
         batches = _EvaluationBatches(dataloader, lambda batch: self._each_prompt_once([batch])[0][0])
         if self.args.loss == "kto":
             batches = _EvaluationBatches(batches, partial(_with_baseline, baseline=self._kto_baseline(batches)))
-        output = super().evaluation_loop(batches, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            batches,  # type: ignore[arg-type]  # it reads no more of a DataLoader than these have
+            description,
+            prediction_loss_only,
+            ignore_keys,
+            metric_key_prefix,
+        )
         means = self._eval_metrics.read(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items() if name != "tokens"})
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items() if name != "tokens"}
         if self._window_began is not None:
             self._window_began += time.perf_counter() - began
-        return output
+        return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._window_began is not None:  # of training steps
