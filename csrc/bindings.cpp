@@ -1,4 +1,4 @@
-// The extension's functions. A kernel takes keyword arguments alone, one for each field of its two structs in nca.h.
+// The functions of the extension. A kernel takes keyword arguments only, one for each field of its two structs in nca.h.
 // Compiled once for each extension module: NCA_MODULE is _cpu or _cuda, NCA_DEVICE the namespace it binds.
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// Fills a C++ struct from the keyword arguments of a Python call: every field by its name, none missing, none unknown.
+// Fills a C++ struct from the keyword arguments of a Python call. Missing and unknown fields are errors.
 // pybind11's keyword arguments would repeat each field's name and position in a signature and an initializer.
 #pragma once
 #include <Python.h>
@@ -36,7 +36,7 @@ void set_field(Struct& to, PyObject* value) {
 
 inline bool is_name(PyObject* text, const char* name) { return PyUnicode_CompareWithASCIIString(text, name) == 0; }
 
-// The arguments are those of a METH_FASTCALL | METH_KEYWORDS function. False: a TypeError is set.
+// Takes the arguments of a METH_FASTCALL | METH_KEYWORDS function. On false, a TypeError is set.
 template <class Struct, std::size_t kCount>
 bool fill(Struct& to, const Field<Struct> (&fields)[kCount], PyObject* const* values, Py_ssize_t positional, PyObject* names) {
   if (positional > 0) {
@@ -47,7 +47,7 @@ bool fill(Struct& to, const Field<Struct> (&fields)[kCount], PyObject* const* va
   const std::size_t given = names ? PyTuple_GET_SIZE(names) : 0;
   for (std::size_t i = 0; i < given; ++i) {
     PyObject* const name = PyTuple_GET_ITEM(names, i);
-    std::size_t at = i % kCount, tried = 0;  // the field at the same place first: callers keep to the table's order
+    std::size_t at = i % kCount, tried = 0;  // tries the field at the same position first: callers keep to the order of the table
     while (tried < kCount && !is_name(name, fields[at].name)) at = (at + 1) % kCount, ++tried;
     if (tried == kCount) {
       PyErr_Format(PyExc_TypeError, "%U: no such field", name);

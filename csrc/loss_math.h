@@ -1,24 +1,25 @@
-// The K-way losses of one prompt: value, implicit rewards and derivative. Once for the CPU's loop and the GPU's lanes.
+// The K-way losses of one prompt: value, implicit rewards and derivative. Shared by the CPU's loop and the GPU's lanes.
 //
 // With l = logp - ref_logp, r = beta * l, s = score and w = softmax(s / alpha) over the prompt's K valid responses:
 //   info_nca       - sum_i w_i log softmax(r)_i                              d/dr_i = softmax(r)_i - w_i
 //   nca            - sum_i [w_i log sigmoid(r_i) + log sigmoid(-r_i) / K]    d/dr_i = sigmoid(r_i) / K - w_i sigmoid(-r_i)
-//   biased_nca     the same with (1 - w_i) / (K - 1) for 1 / K
+//   biased_nca     the same with (1 - w_i) / (K - 1) in place of 1 / K
 //   dpo            mean over pairs of -(1 - e) log sigmoid(r_i - r_j) - e log sigmoid(r_j - r_i), e = label_smoothing
 //   ipo            mean over pairs of (l_i / n_i - l_j / n_j - 1 / (2 beta))^2, n = length
 //   kto            mean of 1 - sigmoid(+-beta (l - z)), + for the desirable, z >= 0 a detached baseline
-//   plackett_luce  mean of log sum_{s_j <= s_i} exp(r_j - r_i) over those i that have such a j besides themselves
-// and to each - nll_weight sum_i w_i logp_i / n_i. docs/math.md has the derivations.
+//   plackett_luce  mean of log sum_{s_j <= s_i} exp(r_j - r_i) over those i that have such a j other than i
+// - nll_weight sum_i w_i logp_i / n_i is added to each. docs/math.md, section 6, has the derivations.
 //
-// Any K: everything is recomputed from the inputs, which sit in the nearest cache. The outputs hold what a loss needs twice.
+// K has no bound: values are recomputed from the inputs, which are in the nearest cache. What a loss needs twice is kept in the
+// outputs.
 #pragma once
 #include "nca.h"
 #include "row_math.h"
 
 namespace nca {
 
-// The lanes that share a prompt: here one, on a GPU up to a warp. Lane `lane` owns the responses lane, lane + size, ...
-// All lanes of a warp call sum, max and sync equally often, whatever their prompts hold: no loss returns early.
+// The lanes that share a prompt: one here, up to a warp on a GPU. Lane `lane` computes the responses lane, lane + size, ...
+// All lanes of a warp must call sum, max and sync equally often, for any prompts. So no loss returns early.
 struct Alone {
   static constexpr std::int64_t lane = 0, size = 1;
   float sum(float own) const { return own; }
@@ -26,8 +27,8 @@ struct Alone {
   void sync() const {}
 };
 
-// A sum of many terms in float32, by sixteens: one after the other, the pairs of K = 67 were 10 ulp off. Float64 is slow on
-// a GPU.
+// A sum of many terms in float32, in groups of sixteen: added one after the other, the pairs of K = 67 were 10 ulp off. Float64 is
+// slow on a GPU.
 struct Sum {
   float sixteens = 0, rest = 0;
   int terms = 0;
@@ -40,8 +41,8 @@ struct Sum {
   NCA_HOST_DEVICE float total() const { return sixteens + rest; }
 };
 
-// sigmoid(x), sigmoid(-x), log(1 + exp(x)) = -log sigmoid(-x) and log(1 + exp(-x)), all from one exponential that never
-// overflows and without a cancellation.
+// sigmoid(x), sigmoid(-x), log(1 + exp(x)) = -log sigmoid(-x) and log(1 + exp(-x)), all from one exponential that does not
+// overflow, and without cancellation.
 struct Logistic {
   float sigmoid, sigmoid_minus, softplus, softplus_minus;
   NCA_HOST_DEVICE explicit Logistic(float x) {
@@ -53,8 +54,8 @@ struct Logistic {
   }
 };
 
-// One prompt's rows of the inputs, the same on each of its lanes; masked responses are never read.
-// A prompt past the last has no response.
+// The inputs of one prompt, the same on each of its lanes; masked responses are never read.
+// A prompt past the last one has no responses.
 template <class Lanes>
 struct Prompt {
   const GroupLoss& p;
@@ -63,7 +64,7 @@ struct Prompt {
   float valid;        // number of valid responses
   float best;         // best score
   float weights_sum;  // of score_exp
-  bool has_nan;       // a NaN among the valid inputs: all of the prompt's results are NaN
+  bool has_nan;       // a NaN is among the valid inputs: all results of the prompt are NaN
 
   NCA_HOST_DEVICE Prompt(const GroupLoss& loss, std::int64_t b, const Lanes& lanes_)
       : p(loss), lanes(lanes_), first(b * loss.K), K(b < loss.B ? loss.K : 0) {
@@ -92,20 +93,20 @@ struct Prompt {
     return n < 1.f ? 1.f : n;
   }
 
-  // The best themselves are 1 without the division: right for alpha = 0 and for an infinite best score.
+  // The best ones are 1 without the division, which is right for alpha = 0 and for an infinite best score.
   NCA_HOST_DEVICE float score_exp(std::int64_t i) const {
     if (score(i) == best) return 1.f;
     return p.alpha > 0 ? expf((score(i) - best) / p.alpha) : 0.f;
   }
   NCA_HOST_DEVICE float weight(std::int64_t i) const { return score_exp(i) / weights_sum; }
-  // A response of weight 0 may be impossible, and 0 * inf is NaN.
+  // A response of weight 0 may have log-prob -inf, and 0 * inf is NaN.
   NCA_HOST_DEVICE static float weighted(float w, float term) { return w > 0 ? w * term : 0.f; }
 
-  // Whether a response of the one score is the better of a pair with one of the other.
+  // Whether two responses of these scores are a pair in which the first is the better one.
   NCA_HOST_DEVICE bool is_pair(float better, float worse) const {
     return better > worse && (p.pairs == kAll || better == best);
   }
-  // What a pair compares (r, or l / n for IPO) and its derivative by logp.
+  // The value that a pair compares (r, or l / n for IPO) and its derivative by logp.
   NCA_HOST_DEVICE float margin(std::int64_t i) const { return p.name == kIPO ? log_ratio(i) / length(i) : reward(i); }
   NCA_HOST_DEVICE float dmargin(std::int64_t i) const { return p.name == kIPO ? 1.f / length(i) : p.beta; }
 
@@ -113,7 +114,7 @@ struct Prompt {
     return p.desirable ? p.desirable[first + i] : score(i) == best;
   }
 
-  // The result for a valid response, from its derivative without the negative log-likelihood.
+  // Writes the derivative of a valid response; `dloss_dlogp` is without the negative log-likelihood.
   NCA_HOST_DEVICE void put(std::int64_t i, float dloss_dlogp) const {
     if (p.nll_weight > 0) dloss_dlogp -= p.nll_weight * weight(i) / length(i);
     if (has_nan) dloss_dlogp = NAN;
@@ -121,7 +122,7 @@ struct Prompt {
   }
 };
 
-// Each returns the prompt's loss, and puts d loss / d logp of every valid response that its lane owns.
+// Each of the following returns the prompt's loss, and writes d loss / d logp of its lane's valid responses.
 
 template <class Lanes>
 NCA_HOST_DEVICE float info_nca(const Prompt<Lanes>& q) {
@@ -147,7 +148,7 @@ NCA_HOST_DEVICE float info_nca(const Prompt<Lanes>& q) {
 template <class Lanes>
 NCA_HOST_DEVICE float nca_loss(const Prompt<Lanes>& q) {
   const bool biased = q.p.name == kBiasedNCA;
-  const float learns = biased && q.valid < 2 ? 0.f : 1.f;  // one response alone is no choice
+  const float learns = biased && q.valid < 2 ? 0.f : 1.f;  // a single response states no preference
   float own_loss = 0;
   for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
@@ -159,12 +160,12 @@ NCA_HOST_DEVICE float nca_loss(const Prompt<Lanes>& q) {
   return q.lanes.sum(own_loss);
 }
 
-// A pair's loss and its derivative by the margin. Apart, since the worse of a pair needs the second alone.
+// A pair's loss, and its derivative by the margin. Two functions, since the worse response of a pair needs only the second.
 NCA_HOST_DEVICE inline float pair_value(const GroupLoss& p, float margin) {
   const float e = p.label_smoothing, miss = margin - 0.5f / p.beta;
   if (p.name == kIPO) return miss * miss;
   const Logistic at(margin);
-  return e > 0 ? (1.f - e) * at.softplus_minus + e * at.softplus : at.softplus_minus;  // not 0 * inf
+  return e > 0 ? (1.f - e) * at.softplus_minus + e * at.softplus : at.softplus_minus;  // avoids 0 * inf
 }
 NCA_HOST_DEVICE inline float pair_slope(const GroupLoss& p, float margin) {
   const float e = p.label_smoothing, miss = margin - 0.5f / p.beta;
@@ -173,7 +174,7 @@ NCA_HOST_DEVICE inline float pair_slope(const GroupLoss& p, float margin) {
   return e * at.sigmoid - (1.f - e) * at.sigmoid_minus;
 }
 
-// Each response gathers its own derivative, as the better and as the worse one of its pairs.
+// Each response sums its own derivative over all pairs that it is in.
 template <class Lanes>
 NCA_HOST_DEVICE float pair_loss(const Prompt<Lanes>& q) {
   std::int64_t own_pairs = 0;
@@ -193,7 +194,7 @@ NCA_HOST_DEVICE float pair_loss(const Prompt<Lanes>& q) {
       ++own_pairs;
     }
     own_loss.add(loss.total());
-    q.p.dlogps[q.first + i] = q.dmargin(i) * slope.total();  // until the number of pairs is known
+    q.p.dlogps[q.first + i] = q.dmargin(i) * slope.total();  // divided by the number of pairs below, once that is known
   }
   const float pairs = fmaxf(q.lanes.sum(static_cast<float>(own_pairs)), 1.f);
   for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
@@ -217,7 +218,7 @@ NCA_HOST_DEVICE float kto(const Prompt<Lanes>& q) {
 }
 
 // With D_i = log sum_j exp(r_j - r_i), the loss is the mean of D and d/dr_k = (sum_{s_i >= s_k} exp(r_k - r_i - D_i) - 1) / n.
-// A response with none at or below it has D = 0 and adds nothing to either, so it is left out of n alone.
+// A response with no other one at or below it has D = 0 and adds nothing to either, so it only needs to be left out of n.
 template <class Lanes>
 NCA_HOST_DEVICE float plackett_luce(const Prompt<Lanes>& q) {
   float own_worst = -INFINITY, own_worst_count = 0;
@@ -229,11 +230,11 @@ NCA_HOST_DEVICE float plackett_luce(const Prompt<Lanes>& q) {
   const float n = fmaxf(q.valid - (q.lanes.sum(own_worst_count) == 1.f ? 1.f : 0.f), 1.f);
   const float learns = worst < q.best ? 1.f / n : 0.f;
 
-  float* const D = q.p.rewards + q.first;  // until the rewards take their place
+  float* const D = q.p.rewards + q.first;  // the rewards overwrite it at the end
   Sum own_loss;
   for (std::int64_t i = q.lanes.lane; i < q.K; i += q.lanes.size) {
     if (!q.is_valid(i)) continue;
-    float top = 0;  // r_i itself is among the r_j
+    float top = 0;  // r_i itself is one of the r_j
     for (std::int64_t j = 0; j < q.K; ++j) {
       if (j != i && q.is_valid(j) && q.score(j) <= q.score(i)) top = fmaxf(top, q.reward(j) - q.reward(i));
     }
@@ -280,7 +281,7 @@ NCA_HOST_DEVICE float nll(const Prompt<Lanes>& q) {
   return q.lanes.sum(own);
 }
 
-// Prompt b: writes its rewards and dlogps, returns its loss without the reduction's factor, on each of its lanes.
+// Writes the rewards and dlogps of prompt b; returns its loss without the factor of the reduction, on each of its lanes.
 template <class Lanes>
 NCA_HOST_DEVICE float group_loss_prompt(const GroupLoss& p, std::int64_t b, const Lanes& lanes) {
   const Prompt<Lanes> q(p, b, lanes);

@@ -1,6 +1,6 @@
-// The kernels' declarations, the same on every device: nca::cpu and nca::cuda offer the functions below.
-// Plain addresses, sizes and strides only: no PyTorch header, so one build serves every PyTorch version.
-// The caller has checked every argument; nothing here does it again.
+// The declarations of the kernels, which nca::cpu and nca::cuda both define.
+// They take plain addresses, sizes and strides and include no PyTorch header, so one build serves every PyTorch version.
+// The caller checks every argument, except the values of the labels; the kernels do not check again.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -26,23 +26,23 @@ struct TokenLogps {
   std::int64_t ignore_index;    // rows with this label are not read: logp 0, stats (0, 1, 0, 0), gradient 0
   float scale;
   float softcap;                // 0: none
-  // The columns at hand are [vocab_start, vocab_start + V) of a vocabulary of vocab_total (vocabulary-parallel heads).
-  // A label in [0, vocab_total) that another slice holds is legal: its target is 0 here, and no column is its onehot.
+  // The logits hold the columns [vocab_start, vocab_start + V) of a vocabulary of vocab_total (vocabulary-parallel heads).
+  // A label in [0, vocab_total) that another slice holds is legal: its target is 0 here, and no column here is its onehot.
   std::int64_t vocab_start, vocab_total;
-  float* logps;                 // [N, T] out of forward: target - max - log(sum)
-  // [stat_rows, N, T] out of forward, into backward: max z, sum exp(z - max), target z and, as a fourth, the entropy's
-  // A = sum (z - max) exp(z - max), to which columns of -inf add 0. Entropy = log(sum) - A / sum.
+  float* logps;                 // [N, T], an output of forward: target - max - log(sum)
+  // [stat_rows, N, T], an output of forward and an input of backward: max z, sum exp(z - max), target z and, as a fourth,
+  // A = sum (z - max) exp(z - max), to which columns of -inf add 0. The entropy is log(sum) - A / sum.
   float* stats;
   int stat_rows;                // 3, or 4 for A as well
   // Backward only.
   const float* dlogps;          // [N, T] contiguous
-  const float* dlse;            // [N, T] contiguous, of max + log(sum); null: 0
-  const float* dentropy;        // [N, T] contiguous, wants stat_rows = 4; null: 0
+  const float* dlse;            // [N, T] contiguous, gradient of max + log(sum); null: 0
+  const float* dentropy;        // [N, T] contiguous, needs stat_rows = 4; null: 0
   void* dlogits;                // [N, T, V], dtype; may be logits itself
   std::int64_t dstride_n, dstride_t;
 };
 
-// The names are in the order of the enumerators: Python takes an enumerator's number from the place of its name.
+// The names are in the order of the enumerators: Python takes the number of an enumerator from the position of its name.
 enum Loss : int { kInfoNCA, kNCA, kDPO, kIPO, kKTO, kPlackettLuce, kBiasedNCA };
 constexpr const char* kLosses[] = {"info_nca", "nca", "dpo", "ipo", "kto", "plackett_luce", "biased_nca"};
 static_assert(sizeof(kLosses) / sizeof(kLosses[0]) == kBiasedNCA + 1);
@@ -60,8 +60,8 @@ struct GroupLoss {
   const float* logps;
   const float* ref_logps;
   const float* scores;
-  const bool* mask;        // null: every response counts
-  const float* lengths;    // null: log-probs are token averages already (IPO, the negative log-likelihood)
+  const bool* mask;        // null: every response is valid
+  const float* lengths;    // null: log-probs are averages over tokens already (IPO, the negative log-likelihood)
   const bool* desirable;   // null: the best-scored responses (KTO)
   const float* baseline;   // one value, null: 0 (KTO); taken as max(baseline, 0)
   float beta;
@@ -69,15 +69,15 @@ struct GroupLoss {
   float label_smoothing;   // 0 for every loss but DPO
   float nll_weight;        // 0: no negative log-likelihood
   float* loss;             // [1], the sum or mean; not written with kNone
-  float* losses;           // [B], each prompt's own; null: only their sum is wanted
+  float* losses;           // [B], the loss of each prompt; null: only their sum is needed
   float* rewards;          // [B, K]
   float* dlogps;           // [B, K]: d loss / d logps, the reduction's factor included
 };
 
 namespace cpu {
-// Why nothing can run on this machine; empty: it can.
+// Why the kernels cannot run on this machine; empty if they can.
 std::string unusable(int device);
-// The one that the row kernels run on here; throws where NCA_KERNELS_ISA names one that this machine or build lacks.
+// The instruction set of the row kernels here; throws if NCA_KERNELS_ISA names one that this machine or build lacks.
 std::string instruction_set();
 // Both return the first row whose label is neither ignore_index nor in [0, vocab_total), or -1.
 std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);
@@ -86,9 +86,9 @@ void group_loss_fwd(const GroupLoss&, const Launch&);
 }  // namespace cpu
 
 namespace cuda {
-// Why nothing can run on that GPU, -1: the current one; empty: it can.
+// Why the kernels cannot run on that GPU (-1: the current one); empty if they can.
 std::string unusable(int device);
-// The architectures that there is machine code for, and the compute capability from which on there is PTX.
+// The architectures with machine code in this build, and the lowest compute capability that its PTX serves.
 std::string instruction_set();
 // No host sync: a row with a bad label gets NaN (logp and gradient), and both return -1.
 std::int64_t token_logps_fwd(const TokenLogps&, const Launch&);

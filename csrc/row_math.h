@@ -1,5 +1,5 @@
-// The statistics of one row of z, the same on every device. Static, so that no object compiled for a wider instruction
-// set can lend its copy to one that must run without it.
+// The statistics of one row of z, the same on every device. The functions are static: otherwise the linker could take the copy of
+// an object compiled for a wider instruction set for all objects.
 #pragma once
 #include <math.h>
 
@@ -19,10 +19,10 @@ struct RowSum {
 // Not target - lse: at max = 1e4 a float32 lse has an ulp of 1e-3.
 NCA_HOST_DEVICE static inline float row_logp(RowSum row, float target) { return (target - row.max) - logf(row.sum); }
 
-// 1 - p at the label, exact where p is near 1.
+// 1 - p at the label, accurate where p is near 1.
 NCA_HOST_DEVICE static inline float one_minus_p(float logp) { return -expm1f(logp); }
 
-// Equal maxima first: -inf - (-inf) is NaN, yet columns of -inf add nothing. A NaN lives on in the sum.
+// Equal maxima are a case of their own: -inf - (-inf) is NaN, but columns of -inf add nothing. The sum keeps a NaN.
 NCA_HOST_DEVICE static inline RowSum row_merge(RowSum a, RowSum b) {
   if (a.max == b.max) return {a.max, a.sum + b.sum};
   return a.max > b.max ? RowSum{a.max, a.sum + b.sum * expf(b.max - a.max)}

@@ -1,4 +1,4 @@
-// nca::cpu's row kernels: look at the labels, then run the object of the widest instruction set that this machine has.
+// The row kernels of nca::cpu: check the labels, then run the object of the widest instruction set that this machine has.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

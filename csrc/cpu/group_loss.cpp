@@ -8,7 +8,7 @@ namespace cpu {
 void group_loss_fwd(const GroupLoss& p, const Launch& launch) {
   std::vector<float> kept(p.losses ? 0 : p.B);
   float* const losses = p.losses ? p.losses : kept.data();
-  // A prompt of four responses takes about 0.2 us, waking a thread several.
+  // A prompt of four responses takes about 0.2 us; waking a thread takes several.
 #pragma omp parallel for num_threads(launch.threads) schedule(static) if (p.B * p.K > 4096)
   for (std::int64_t b = 0; b < p.B; ++b) losses[b] = group_loss_prompt(p, b, Alone());
   if (p.reduction == kNone) return;

@@ -54,7 +54,7 @@ void store(void* to, V v) {
 
 Vec splat(float x) { return x - Vec{}; }  // x - 0 keeps -0 and NaN
 
-// a > b ? a : b, so a NaN in b comes out, one in a need not.
+// a > b ? a : b: the result is NaN if b is; a NaN in a may be dropped.
 Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -113,19 +113,19 @@ Vec floor(Vec x) {
 }
 #endif
 
-// a * 2^n for integers n in [-190, 63], denormal results included. With AVX-512 for any n, a fraction is dropped (floor).
+// a * 2^n for integers n in [-190, 63], denormal results included. With AVX-512 n may be any number; its floor counts.
 Vec scale_pow2(Vec a, Vec n) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(a, n);
 #else
-  // The low bits of n + kRounder + bias are the exponent's; 64 too many keep it above the denormals until the product.
-  // A product, not a sum of exponents: for a NaN n is anything, and NaN times anything is NaN.
+  // The low bits of n + kRounder + bias are the exponent; 64 is added to it, which keeps it above the denormals until the
+  // product. It is a product and not a sum of exponents, because for a NaN n is arbitrary, and NaN times any number is NaN.
   const Vec pow2 = (Vec)((Bits)(n + (kRounder + 127 + 64)) << 23);
   return a * pow2 * 0x1p-64f;
 #endif
 }
 
-// 16 bits to 32 and back. GCC 12 splits the conversion that it is offered as a builtin into halves and shuffles.
+// 16 bits to 32 and back. GCC 12 compiles its own builtin for this conversion into halves and shuffles.
 Bits widen(const uint16_t* from) {
 #if defined(__AVX512F__)
   return (Bits)_mm512_cvtepu16_epi32(load<__m256i>(from));
@@ -153,7 +153,7 @@ double reduce_sum(Vec v) {
   return sum;
 }
 
-// A NaN among the lanes may be dropped.
+// The largest lane; a NaN among the lanes may be dropped.
 float reduce_max(Vec v) {
   float top = v[0];
   for (int i = 1; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
@@ -162,8 +162,9 @@ float reduce_max(Vec v) {
 
 // The dtypes: memory to float32 and back, rounding to nearest even.
 //
-// `get` and `put` move kLanes neighbouring columns in order. `get_pair` and `put_pair` move kPair of them, in an order of the
-// dtype's own, the same for both. `Top` finds the largest of the columns added, kPair at a time; it may take or drop a NaN.
+// `get` and `put` move kLanes neighbouring columns in order. `get_pair` and `put_pair` move kPair of them in another order, which
+// depends on the dtype and is the same for both. `Top` finds the largest of the columns added, kPair at a time; it may return or
+// drop a NaN.
 
 struct Pair {
   Vec a, b;
@@ -191,9 +192,9 @@ struct Float32 {
   };
 };
 
-// The largest of 16-bit floats, found among their bits, twice as many to a vector. Signed, the bits of positive numbers grow
-// with them and are above those of all negative numbers, whose bits fall as they grow: the largest number is the largest signed
-// or the smallest unsigned one of some lane.
+// The largest of 16-bit floats, found by comparing their bits as integers, with twice as many lanes in a vector. As signed
+// integers, the bits of positive numbers grow with the number and are above those of all negative numbers, whose bits fall as the
+// number grows. So the largest number has the largest signed or the smallest unsigned bits of its lane.
 template <class Dtype>
 class Top16 {
  public:
@@ -215,12 +216,12 @@ class Top16 {
   UShorts least_ = UShorts{} + (uint16_t)UINT16_MAX;
 };
 
-// A NaN needs no test here as long as its low 16 bits are 0: true of those that arithmetic makes and of bfloat16's own,
-// and quiet() gives it to the rest.
+// A NaN needs no test here if its low 16 bits are 0. This holds for a NaN that arithmetic makes and for one of bfloat16; quiet()
+// makes it hold for any other.
 struct BFloat16 {
   using Type = uint16_t;
   static Vec get(const Type* from) { return (Vec)(widen(from) << 16); }
-  // The even columns and the odd ones: half as many instructions as for columns in order.
+  // The even columns and the odd ones; this takes half as many instructions as columns in order.
   static Pair get_pair(const Type* from) {
     const Bits bits = load<Bits>(from);
     return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000)};
@@ -229,7 +230,7 @@ struct BFloat16 {
   static void put(Type* to, Vec v) { narrow(to, rounded(v) >> 16); }
   static void put_pair(Type* to, Pair v) {
 #if defined(__AVX512BF16__)
-    // The instruction makes 0 of denormal numbers.
+    // The instruction turns denormal numbers into 0.
     const __m512i exponent = _mm512_set1_epi32(0x7f800000);
     const auto denormals = _mm512_testn_epi32_mask((__m512i)v.a, exponent) | _mm512_testn_epi32_mask((__m512i)v.b, exponent);
     if (__builtin_expect(denormals == 0, true)) {
@@ -258,7 +259,8 @@ struct Float16 {
   static Vec get(const Type* from) { return vcvt_f32_f16(load<float16x4_t>(from)); }
   static void put(Type* to, Vec v) { store(to, vcvt_f16_f32(v)); }
 #else
-  // Moved into float32's place, a half's bits are its value * 2^-112: the product mends the exponent, denormals too.
+  // Shifted to the position of a float32's bits, those of a half are its value * 2^-112; the product corrects that, also for
+  // denormals.
   static Vec get(const Type* from) {
     const Bits half = widen(from);
     const Bits magnitude = (half & 0x7fff) << 13;
@@ -285,7 +287,7 @@ struct Float16 {
   using Top = Top16<Float16>;
 };
 
-// The first `count` <= kLanes lanes alone are touched in memory; the others are 0.
+// Only the first `count` <= kLanes lanes are accessed in memory; the others are 0.
 template <class Dtype>
 Vec get_partial(const typename Dtype::Type* from, int64_t count) {
   typename Dtype::Type lanes[kLanes] = {};

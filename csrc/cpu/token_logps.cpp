@@ -6,11 +6,11 @@ namespace nca {
 namespace {
 
 constexpr int64_t kCacheLine = 64;
-// Of a block the exponentials are summed while the next one's maximum is looked for. Not a power of 2: with 4096 bytes both
-// blocks' lines seem to compete for the same places in the first-level cache of Zen 4: forward takes 9 to 22% longer.
+// One loop sums the exponentials of a block and finds the maximum of the next. The size is no power of 2: with 4096 bytes, the
+// lines of both blocks seem to compete for the same sets of the first-level cache of Zen 4, and forward takes 9 to 22% longer.
 constexpr int64_t kBlockBytes = 3072;
 
-// z and dz/dlogits / scale. Its first form is the identity in all but the scale.
+// z and dz/dlogits / scale. Without a softcap z is scale * logits.
 template <bool kCapped>
 struct Transform {
   float scale, softcap;
@@ -26,7 +26,7 @@ struct Transform {
   }
 };
 
-// Of `count` columns, those before the first cache line's start: a vector load across two lines takes twice the time.
+// The number of columns before the first start of a cache line: a vector load across two lines takes twice the time.
 template <class Type>
 int64_t count_unaligned(const Type* at, int64_t count) {
   const int64_t ahead = (int64_t)(-(uintptr_t)at % kCacheLine / sizeof(Type));
@@ -41,7 +41,7 @@ Vec only_first(Vec v, int64_t count) {
 
 struct RowStats {
   RowSum sum;
-  float weighted;  // A = sum (z - max) exp(z - max); 0 unless asked for
+  float weighted;  // A = sum (z - max) exp(z - max); 0 unless kWeighted
 };
 
 // Sums over columns of exp(scale * (x - top)) = 2^t, t = rate * (x - top), and of t 2^t if kWeighted.
@@ -82,7 +82,7 @@ class RunningSums {
   static constexpr bool kFast = sizeof(Type) == 2;
   static constexpr float kLargestOffset = 0x1p24f;  // rounded to a multiple of 1, so that no t is above 1
 
-  // Whole pairs, none above top_. `next_count` columns follow, whose largest goes into `next_top`.
+  // Adds a block of whole pairs, none above top_. `next_count` columns follow it, whose largest goes into `next_top`.
   void add_block(const Type* block, int64_t count, int64_t next_count, Top& next_top) {
     const Vec rate = splat(rate_), shift = splat(shift_), offset = splat(offset_);
     Vec powers[2] = {}, weighted[2] = {};
@@ -107,7 +107,7 @@ class RunningSums {
     if (kWeighted) weighted_ += correction_ * reduce_sum(weighted[0] + weighted[1]) - surplus_ * sum;
   }
 
-  // Any columns, in vectors of their own: a row's ends.
+  // Adds any number of columns, for the ends of a row.
   void add_few(const Type* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t left = count - i < kLanes ? count - i : kLanes;
@@ -121,13 +121,13 @@ class RunningSums {
 
   void raise(float new_top) {
     if (!(new_top > top_)) return;
-    // Each t falls by as much as the maximum rises. From -inf there is nothing to fall: 0 or NaN stays.
+    // Each t falls by as much as the maximum rises. If the maximum was -inf, the sums are 0 or NaN and stay so.
     const double fall = ((double)top_ - new_top) * rate_, factor = ::exp2(fall);
     if (kWeighted && top_ > -INFINITY) weighted_ += fall * sum_;
     weighted_ *= factor;
     sum_ *= factor;
     top_ = shift_ = new_top;
-    // rate * x + offset is rounded once, and what offset's own rounding adds to each t is the same for all columns.
+    // rate * x + offset is rounded once; the rounding of offset adds the same to each t, and correction_ takes it out.
     offset_ = -top_ * rate_;
     surplus_ = kFused ? (double)top_ * rate_ + offset_ : 0.;
     correction_ = ::exp2(-surplus_);
@@ -135,10 +135,10 @@ class RunningSums {
 
   const float scale_, rate_;
   float top_ = -INFINITY;
-  // With nothing but -inf so far, any finite shift gives 2^t = 0 and keeps -inf - (-inf) = NaN out.
+  // While all columns are -inf, any finite shift gives 2^t = 0 and avoids -inf - (-inf) = NaN.
   float shift_ = 0.f, offset_ = 0.f;
   double surplus_ = 0, correction_ = 1;
-  // In float32, a column near p = 1 would swallow the tail of a large vocabulary.
+  // In float32, the tail of a large vocabulary would be rounded away next to a column near p = 1.
   double sum_ = 0, weighted_ = 0;
 };
 
@@ -189,7 +189,8 @@ void fwd_row(const TokenLogps& p, int64_t row) {
 
 // d z of a row's columns from the upstream gradients of log-prob, lse and entropy, times the scale:
 //   scale * (dlogp * onehot + p * (dlse - dlogp - dentropy * (z - max - mean))), mean = A / sum,
-// where log p + entropy = z - max - mean. In t = (z - max) log2(e), of which p = 2^t / sum. kStats: dlse and dentropy count.
+// where log p + entropy = z - max - mean. It is computed from t = (z - max) log2(e), p = 2^t / sum.
+// dlse and dentropy are read with kStats only.
 template <bool kFast, bool kStats>
 class Gradient {
  public:
@@ -207,7 +208,7 @@ class Gradient {
     slant_ = -dentropy_ / sum_.sum * kLn2;
   }
 
-  // Of columns that are not the label's.
+  // For columns other than the label's.
   Vec operator()(Vec z) const {
     const Vec t = (z - sum_.max) * kLog2E;
     const Vec rate = kStats ? fma(splat(slant_), finite(t) - mean_ * kLog2E, splat(factor_)) : splat(factor_);
@@ -242,7 +243,7 @@ void bwd_row(const TokenLogps& p, int64_t row) {
     return dz(value.z) * value.slope;
   };
 
-  // First what the label's column needs: the gradient may overwrite the logits.
+  // The label's column is computed first, because the gradient may overwrite the logits.
   const int64_t column = label - p.vocab_start;
   const bool here = column >= 0 && column < p.V;
   Vec at_label = splat(0.f);
@@ -289,7 +290,7 @@ Row pick(DType dtype, bool capped, bool stats) {
 }
 
 void for_each_row(const TokenLogps& p, const Launch& launch, Row kernel) {
-  // Less work than this is done before another thread has woken up.
+  // Less work than this is finished before another thread has woken up.
   [[maybe_unused]] constexpr int64_t kWorthwhile = 1 << 16;
   // Threads take the next rows when they are done, since ignored ones cost little. About a huge page of float32 at a
   // time: two threads at the same untouched page would both clear it (backward 7% slower). Eight turns each at least.

@@ -8,11 +8,11 @@ namespace {
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kNothing = -175.f;  // 2^-175 is 0 in float32
 
-// -inf becomes a number whose power of 2 is 0 as well; the order of the operands lets a NaN through.
+// -inf becomes a finite number whose power of 2 is also 0; the order of the operands keeps a NaN.
 Vec finite(Vec x) { return max(splat(kNothing), x); }
 
-// 2^x for x < 63. 2^x = 2^n 2^r with an integer n and 0 <= r <= 1, the latter a polynomial, minimax in relative error with
-// 2^0 = 1 fixed (Remez' exchange): 1e-8 with six terms; kFast, five terms: 9e-8, for what is rounded to 16 bits or comes from it.
+// 2^x for x < 63. 2^x = 2^n 2^r with an integer n and 0 <= r <= 1. 2^r is a polynomial, minimax in relative error with
+// 2^0 = 1 fixed (Remez' exchange): 1e-8 with six terms; with kFast, five terms and 9e-8, for 16-bit inputs or outputs.
 template <bool kFast>
 Vec exp2(Vec x) {
 #if defined(__AVX512F__)
@@ -46,11 +46,11 @@ struct Tanh {
 
 Tanh tanh(Vec x) {
   const Vec magnitude = (Vec)((Bits)x & 0x7fffffff);
-  // e^-2|x| = 2^n e^r, |r| <= log(2) / 2. 2^-173 is 0 in float32; the order of max's operands lets a NaN through.
+  // e^-2|x| = 2^n e^r, |r| <= log(2) / 2. 2^-173 is 0 in float32; the order of max's operands keeps a NaN.
   const Vec y = max(splat(-120.f), -2.f * magnitude);
   const Vec n = round(y * kLog2E);
-  // y - n log(2). Fused, the product is exact and log(2)'s own rounding costs half an ulp at y = -20. Else in two parts
-  // (Cody and Waite), the first with so few bits that n times it is exact.
+  // y - n log(2). With a fused product, which is exact, the rounding of log(2) costs half an ulp at y = -20. Otherwise log(2) is
+  // in two parts (Cody and Waite), the first with so few bits that n times it is exact.
   const Vec r = kFused ? fma(n, splat(-kLn2), y) : fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), y));
   // (e^r - 1 - r) / r^2, minimax in e^r's relative error (Remez' exchange): 3.1e-9.
   Vec p = splat(1.38145406e-3f);

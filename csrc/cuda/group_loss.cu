@@ -1,4 +1,4 @@
-// The K-way losses: a prompt's responses, and with them its pairs, lie side by side in the lanes of a warp.
+// The K-way losses. The responses of a prompt, and so its pairs, are spread over the lanes of a warp.
 #include "launch.cuh"
 #include "loss_math.h"
 
@@ -30,7 +30,7 @@ __host__ __device__ int lanes_of_prompt(std::int64_t K) {
   return lanes;
 }
 
-// The block's sum of each thread's own, on its first thread.
+// The sum of `own` over the threads of the block, on its first thread.
 __device__ double block_sum(double own) {
   __shared__ double warps[kThreads / kWarp];
   for (int apart = kWarp / 2; apart > 0; apart /= 2) own += __shfl_xor_sync(kAllLanes, own, apart);
@@ -47,7 +47,7 @@ __device__ void put_total(const GroupLoss& p, double sum) {
   if (threadIdx.x == 0) *p.loss = static_cast<float>(p.reduction == kMean ? sum / p.B : sum);
 }
 
-// The 1 tells ptxas that the block is alone on its multiprocessor: making room for three, it spilled.
+// The 1 tells ptxas that one block at a time runs on a multiprocessor: with room for three, it spilled.
 __global__ void __launch_bounds__(kThreads, 1) group_loss_fwd_kernel(const __grid_constant__ GroupLoss p) {
   const int size = lanes_of_prompt(p.K), prompts = kThreads / size;
   const WarpLanes lanes{static_cast<int>(threadIdx.x) % size, size};
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_losses_kernel(const __grid_co
 
 }  // namespace
 
-// Without `losses` one block takes all prompts: its sum is in a fixed order without a second launch.
+// Without `losses`, one block takes all prompts and adds them up in a fixed order, without a second launch.
 void group_loss_fwd(const GroupLoss& p, const Launch& launch) {
   const DeviceGuard guard(launch.device);
   const std::int64_t prompts = kThreads / lanes_of_prompt(p.K);

@@ -1,4 +1,4 @@
-// What every kernel's host side needs: the device, the error check.
+// For the host code of every kernel: the device and the error check.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,7 +12,7 @@ inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// The stream's device is the current one while this lives; the caller's is put back afterwards.
+// Makes `device` the current one while this object lives, and restores the caller's device afterwards.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

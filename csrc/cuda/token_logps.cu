@@ -1,11 +1,10 @@
-// Log-probs of labels from logits: one read of each scored row forward, one read and one write backward.
+// Log-probs of labels from logits: one read of each labelled row forward, one read and one write backward.
 //
-// A row belongs to one block (to one warp while it is short), so nothing is summed across blocks: no atomics, the same
-// bits every time. Each thread has kInFlight loads of 16 bytes under way: the 1024 to 1536 threads that fit on an SM
-// make 64 to 96 KB, where an H100 needs about 20 KB (3.35 TB/s over 132 SMs at 0.8 us of latency), so the blocks that
-// are just starting or ending a row leave no gap.
+// A row belongs to one block (a short row to one warp), so nothing is summed across blocks: no atomics, the same bits every time.
+// Each thread has kInFlight loads of 16 bytes in flight. The 1024 to 1536 threads that fit on an SM have 64 to 96 KB in flight, and
+// an H100 needs about 20 KB (3.35 TB/s over 132 SMs at 0.8 us of latency). So blocks that start or end a row leave no gap.
 //
-// What only the entropy needs (the moment of a row, its gradient) is a template argument: without it the code is free of it.
+// The parts for the entropy (the moment of a row, its gradient) depend on a template argument and are not compiled without it.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -25,23 +24,23 @@ constexpr int kInFlight = 4;
 constexpr int kMaxThreads = 512;
 constexpr int kBlocksPerSM = 2;  // at kMaxThreads: caps the registers at 64
 constexpr int kShortRowsPerBlock = 8;
-// A gap z - max whose exponential is 0. Gaps are kept above it where they meet their exponential: -inf * 0 is NaN.
+// A gap z - max whose exponential is 0. Gaps are clamped to it before they are multiplied by their exponential: -inf * 0 is NaN.
 constexpr float kGone = -128.f;
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float to_float(__half x) { return __half2float(x); }
 
-// The hardware's 2^x, within 2 ulp. The maximum is subtracted before the product with log2(e), so logits of 1e4 lose
-// nothing. Results below 1e-38 are flushed to 0, which no float32 sum beside a maximum of 1 can tell.
+// The hardware's 2^x, within 2 ulp. The maximum is subtracted before the product with log2(e), so logits of 1e4 lose nothing.
+// Results below 1e-38 are flushed to 0, which changes no float32 sum that holds a 1.
 __device__ float fast_exp(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
   return y;
 }
 
-// z of a logit, and d z / d logit without its factor scale. Each product is rounded on its own: contracted with the
-// later subtraction of the maximum, the sum's terms would not be those of the (rounded) maximum and target.
+// z of a logit, and d z / d logit without the factor scale. Each product is rounded on its own: if it were contracted with the
+// later subtraction of the maximum, the terms of the sum would not match the (rounded) maximum and target.
 struct Z {
   float value, slope;
 };
@@ -54,8 +53,8 @@ __device__ Z transform(const TokenLogps& p, float logit) {
   return {__fmul_rn(p.softcap, tanh), (1.f - tanh) * (1.f + tanh)};
 }
 
-// Neighbouring columns, as values and as the one word that travels. They stay a word until their turn comes: taken
-// apart at the load, kInFlight packs of bf16 would fill twice the registers.
+// Neighbouring columns, as values and as one word of memory. They stay a word until they are used: unpacked at the load, kInFlight
+// packs of bf16 would take twice the registers.
 template <class T, int kWidth>
 struct Pack {
   static constexpr int kBytes = kWidth * sizeof(T);
@@ -72,13 +71,13 @@ struct Pack {
   }
 };
 
-// A row's columns: whole 16-byte packs from the first boundary on, single ones before and after them.
+// The columns of a row: whole 16-byte packs from the first boundary on, single columns before and after them.
 template <class T>
 struct Columns {
   static constexpr int kWidth = 16 / sizeof(T);
   int V, head, packs;
 
-  // Of two rows at once (in and out): if they meet the boundary at different columns, all columns are single ones.
+  // For two rows at once (in and out): if they reach the boundary at different columns, all columns are single ones.
   __device__ Columns(const T* row, const T* other, int V) : V(V) {
     const int past = reinterpret_cast<std::uintptr_t>(row) % 16;
     const int other_past = reinterpret_cast<std::uintptr_t>(other) % 16;
@@ -90,7 +89,7 @@ struct Columns {
   __device__ int count() const {
     return kPackWidth == 1 ? V - packs * kWidth : packs;
   }
-  // Where the i-th pack starts.
+  // The first column of the i-th pack.
   template <int kPackWidth>
   __device__ int column(int i) const {
     if (kPackWidth == 1) return i < head ? i : i + packs * kWidth;
@@ -98,11 +97,11 @@ struct Columns {
   }
 };
 
-// This thread's share of the packs of one width, loaded kInFlight at a time: visit(first column, pack).
+// Calls visit(first column, pack) for this thread's packs of one width, loaded kInFlight at a time.
 template <int kWidth, class T, class Visit>
 __device__ void visit_packs(const T* row, const Columns<T>& columns, const Visit& visit) {
   using Word = typename Pack<T, kWidth>::Word;
-  // Indexed by the pack where it can be: by the column, the addresses would cost the loop ten more registers.
+  // Indexed by the pack where possible: indexed by the column, the addresses would cost the loop ten more registers.
   const Word* at = reinterpret_cast<const Word*>(kWidth == 1 ? row : row + columns.head);
   const int count = columns.template count<kWidth>();
   for (int first = threadIdx.x; first < count; first += kInFlight * blockDim.x) {
@@ -156,15 +155,15 @@ __device__ std::int64_t position_index() {
   return blockIdx.x * static_cast<std::int64_t>(blockDim.y) + threadIdx.y;
 }
 
-// max z, sum exp(z - max) and, where it is asked for, sum (z - max) exp(z - max) over some of a row's columns.
+// max z, sum exp(z - max) and, with kMoment, sum (z - max) exp(z - max) over some of a row's columns.
 struct RowStats {
   float max, sum, moment;
 };
 
-// No column yet. Not -inf: z - max is then never NaN for a z of -inf, and the loop needs no check.
+// No column yet. The maximum is not -inf, so that z - max is never NaN for a z of -inf and the loop needs no check.
 __device__ RowStats empty_stats() { return {-FLT_MAX, 0.f, 0.f}; }
 
-// The moment of gaps to a maximum that lies higher by -drop, still with the exponentials of the old one.
+// The moment with the gaps to a maximum that is higher by -drop, still with the exponentials of the old one.
 __device__ float moved_moment(RowStats row, float drop) { return row.moment + fmaxf(drop, kGone) * row.sum; }
 
 template <bool kMoment>
@@ -180,7 +179,7 @@ __device__ RowStats warp_merge(RowStats own) {
   return all;
 }
 
-// Over all of the row's threads; its first warp gets the result.
+// Merges over all threads of the row; its first warp gets the result.
 template <bool kMoment>
 __device__ RowStats row_threads_merge(RowStats own) {
   __shared__ RowStats warps[kMaxThreads / 32];
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   }
   const T* row = static_cast<const T*>(p.logits) + at.n * p.stride_n + at.t * p.stride_t;
   const int label = at.column(p);
-  // Used after the loop alone: before it the row would wait for its label, then for this, then for its first packs.
+  // Used only after the loop: before it, the row would wait for its label, then for this load, then for its first packs.
   const bool holds_label = threadIdx.x == 0 && label >= 0;
   const T at_label = holds_label ? row[label] : T(0.f);
 
@@ -244,12 +243,12 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   });
   RowStats whole = row_threads_merge<kMoment>(own);
   if (threadIdx.x > 0) return;
-  if (whole.sum == 0.f) whole.max = -INFINITY;  // nothing but -inf
+  if (whole.sum == 0.f) whole.max = -INFINITY;  // all columns are -inf
   const float target = holds_label ? transform<kSoftcap>(p, to_float(at_label)).value : 0.f;
   put<kMoment>(p, index, row_logp({whole.max, whole.sum}, target), whole, target);
 }
 
-// dz of a column is p (per_p + per_gap (z - max)), here with the factor scale / sum, and at the label `at_label`.
+// dz of a column is p (per_p + per_gap (z - max)), with the factor scale / sum here; at the label it is `at_label`.
 template <bool kEntropy>
 struct RowGradient {
   float max, at_label, per_p, per_gap = 0.f;
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   const int label = at.column(p);
   const RowGradient<kEntropy> gradient(p, index);
 
-  // Each thread writes only what it has read, so dlogits may be logits.
+  // Each thread writes only the columns that it has read, so dlogits may be logits.
   visit_row(row, Columns<T>(row, out, static_cast<int>(p.V)), [&](int column, auto pack) {
     constexpr int kWidth = sizeof(pack) / sizeof(T);
 #pragma unroll
@@ -311,8 +310,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerSM)
   });
 }
 
-// About four rounds of loads for each thread: with fewer, starting a row costs more than reading it; with more, the
-// last rows of a launch leave the other SMs waiting.
+// About four rounds of loads for each thread. With fewer, starting a row costs more than reading it; with more, the other SMs wait
+// for the last rows of a launch.
 int row_threads(std::int64_t row_bytes) {
   int threads = 32;
   while (threads < kMaxThreads && threads * 16 * kInFlight * 4 < row_bytes) threads *= 2;

@@ -1,4 +1,4 @@
-// The extension loads on any machine; on a GPU that it has no code for, or beside a driver too old, every launch would fail.
+// The extension loads on any machine. On a GPU without code in it, or with too old a driver, every launch would fail.
 #include <cuda_runtime.h>
 
 #include <sstream>
@@ -10,11 +10,11 @@ namespace nca {
 namespace cuda {
 namespace {
 
-// As nvcc numbers them, 10 * compute capability and a digit more. NCA_CUDA_PTX is setup.py's.
+// nvcc's numbers, 100 * compute capability. setup.py defines NCA_CUDA_PTX.
 constexpr int kMachineCode[] = {__CUDA_ARCH_LIST__};
 constexpr int kPtx = NCA_CUDA_PTX;
 
-// Machine code runs on its own generation alone, from its own minor version on.
+// Machine code runs only on its own generation, from its own minor version on.
 bool has_machine_code(int architecture) {
   for (const int built : kMachineCode) {
     if (built / 100 == architecture / 100 && built <= architecture) return true;
@@ -34,7 +34,7 @@ int attribute(cudaDeviceAttr which, int device, cudaError_t& status) {
 
 }  // namespace
 
-// Asks for the device's properties alone: a launch, or a kernel's attributes, would set up a context there.
+// Reads only properties of the device: a launch, or a kernel's attributes, would create a context on it.
 std::string unusable(int device) {
   int devices = 0, driver = 0;
   cudaError_t status = cudaGetDeviceCount(&devices);
@@ -50,7 +50,7 @@ std::string unusable(int device) {
   reason << "the GPU has compute capability " << decimal(architecture, 100) << ", ";
   if (architecture < kPtx) {
     reason << "and this build serves " << instruction_set();
-  } else if (driver < CUDART_VERSION) {  // the driver compiles PTX, and none that is newer than itself
+  } else if (driver < CUDART_VERSION) {  // the driver compiles PTX, but none that is newer than itself
     reason << "which this build serves by PTX alone; that takes a driver for CUDA " << decimal(CUDART_VERSION, 1000)
            << ", and this one is for " << decimal(driver, 1000);
   } else {
