@@ -17,13 +17,15 @@ pytestmark = pytest.mark.usefixtures("default_dispatch")
 
 
 def long_tailed_rows(n):
+    """Two responses each; their lengths, and those of the prompts, are drawn one by one."""
     draw = random.Random(0)
-    rows = []
-    for _ in range(n):
-        length = min(2 + int(draw.lognormvariate(1.5, 1.0)), 60)
-        ids = [[draw.randrange(1, 40) for _ in range(length)] for _ in range(3)]
-        rows.append({"prompt_ids": ids[0][:2], "response_ids": ids[1:], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]})
-    return rows
+
+    def ids():
+        return [draw.randrange(1, 40) for _ in range(min(2 + int(draw.lognormvariate(1.5, 1.0)), 60))]
+
+    return [
+        {"prompt_ids": ids(), "response_ids": [ids(), ids()], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]} for _ in range(n)
+    ]
 
 
 def batches_of(tmp_path, rows, **options):
@@ -39,8 +41,13 @@ def padding(batches):
 
 def test_batches_by_length_have_less_padding(tmp_path):
     rows = long_tailed_rows(400)
-    assert padding(batches_of(tmp_path, rows, train_sampling_strategy="group_by_length")) < 0.1
-    assert padding(batches_of(tmp_path, rows)) > 0.4
+    alike = [{**row, "response_ids": row["response_ids"][:1] * 2} for row in rows]
+    assert padding(batches_of(tmp_path, alike, train_sampling_strategy="group_by_length")) < 0.1
+    assert padding(batches_of(tmp_path, alike)) > 0.4
+    # Where the prompt is shared a line holds all of a prompt's responses: the longest one alone says little of its length.
+    shared = {"share_prompt": True}
+    assert padding(batches_of(tmp_path, rows, **shared, train_sampling_strategy="group_by_length")) < 0.1
+    assert padding(batches_of(tmp_path, rows, **shared)) > 0.4
 
 
 def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -290,10 +290,19 @@ def _flat(row: list[Any]) -> list[int]:
 
 def longest_sequences(rows: Dataset) -> np.ndarray:
     """For each row the tokens of its prompt with its longest response."""
-    longest = []
+    return _row_tokens(rows, lambda tokens, starts: np.maximum.reduceat(tokens, starts))
+
+
+def shared_lengths(rows: Dataset) -> np.ndarray:
+    """For each row the tokens of the one line that holds it where its prompt is shared: its last token is there once a response."""
+    return _row_tokens(rows, lambda tokens, starts: np.add.reduceat(tokens + 1, starts)) - 1
+
+
+def _row_tokens(rows: Dataset, responses: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """The tokens of each row's prompt, and what ``responses`` makes of those of its responses, which begin at ``starts``."""
+    totals = []
     for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
-        prompts, responses = columns["prompt_ids"], columns["response_ids"]
-        counts = _lengths(responses).to_numpy()
-        tokens = _lengths(responses.flatten()).to_numpy()
-        longest.append(_lengths(prompts).to_numpy() + np.maximum.reduceat(tokens, counts.cumsum() - counts))
-    return np.concatenate(longest)
+        counts = _lengths(columns["response_ids"]).to_numpy()
+        tokens = _lengths(columns["response_ids"].flatten()).to_numpy()
+        totals.append(_lengths(columns["prompt_ids"]).to_numpy() + responses(tokens, counts.cumsum() - counts))
+    return np.concatenate(totals)

@@ -64,8 +64,9 @@ class NCAConfig(TrainingArguments):
         max_bad_losses: >= 1; so many micro-batches in a row with a NaN or infinite loss stop the run, at the next log. A model
             whose last loss or weights are not finite is never saved.
 
-    ``train_sampling_strategy="group_by_length"`` puts prompts of similar length into a batch, by their longest sequences; the order
-    depends on ``data_seed`` (or ``seed``) and the epoch alone.
+    ``train_sampling_strategy="group_by_length"`` puts prompts of similar length into a batch: by their longest sequences, or with
+    ``share_prompt`` by the tokens of a prompt and all its responses; the order depends on ``data_seed`` (or ``seed``) and the epoch
+    alone.
 
     Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
     steps; ``remove_unused_columns`` false, since a batch is no keyword arguments of the model; ``logging_nan_inf_filter`` false,

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, Predict
 from ... import group_loss
 from ..data.collator import Batch, GroupCollator, group_logps
 from ..data.mismatched import MismatchedCollator
-from ..data.rows import longest_sequences, missing_ref_logps, prepare_rows
+from ..data.rows import longest_sequences, missing_ref_logps, prepare_rows, shared_lengths
 from ..data.shared_prompt import check_layout, model_inputs
 from ..models.evaluating import evaluating
 from ..models.heads import model_logps, model_token_stats
@@ -258,7 +258,8 @@ class NCATrainer(ResumableTrainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthSampler(longest_sequences(rows).tolist(), batch_size, seed)
+        lengths = shared_lengths(rows) if self.args.share_prompt else longest_sequences(rows)
+        return LengthSampler(lengths.tolist(), batch_size, seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
