@@ -32,6 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--quick", action="store_true", help="three rounds each, for a look; stored under out/")
         command.add_argument("--out", type=Path, help="default: bench/results, or out/bench with --quick")
+        if name == "step":
+            command.add_argument(
+                "--case", help='of the cases only those whose name has this text, "K=4 1:1" for one; others stay stored'
+            )
     command = commands.add_parser("numerics", help="errors against float64, not times")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--out", type=Path, default=RESULTS)
@@ -58,6 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
         out = options.out or (Path("out/bench") if options.quick else RESULTS)
         budget = Budget(rounds=3, seconds=0.0) if options.quick else Budget(rounds=7, seconds=SECONDS[options.device])
         cases = _suite(options.command).CASES[options.device]
+        if text := getattr(options, "case", None):
+            names, cases = list(map(str, cases)), [case for case in cases if text in str(case)]
+            if not cases:
+                parser.error(f"--case: got {text!r}, wanted text of one of these: {'; '.join(names)}")
         file = run(options.command, options.device, cases, budget, out)
         print("stored", file)
         if reasons := lacking(schema.load(file)):
@@ -74,6 +82,8 @@ def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -
     torch.manual_seed(0)
     started = time.monotonic()
     document: dict[str, Any] = {"header": schema.header(name, device), "rows": []}
+    if name == "step":
+        document["rows"] = schema.stored_rows(out, document, without=set(map(str, cases)))
     print(", ".join(f"{key} {value}" for key, value in document["header"].items() if value is not None), "\n")
     for rows in (rows for case in cases for rows in _measured(name, device, case, budget)):
         document["rows"] += rows
@@ -86,6 +96,9 @@ def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -
 def _measured(name: str, device: str, case: tuple, budget: Budget) -> Iterator[list[dict]]:
     """The rows of each problem of a case, or one row with the reason if its inputs or truth fail (too little memory, say)."""
     try:
+        if name == "step":
+            yield schema.rows(name, *_suite(name).measured(case, device, budget.seconds))
+            return
         for problem, implementations in _suite(name).problems(device, [case]):
             yield schema.rows(name, problem, measure(problem, implementations, budget))
     except Exception as failure:

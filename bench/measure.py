@@ -38,6 +38,7 @@ class Outcome:
     result_mib: float | None = None
     error: float | None = None
     grad_error: float | None = None
+    padding: float | None = None  # the share of all positions of an epoch
 
 
 Results = tuple[Tensor, list[Tensor]]  # values, and gradients of the leaves
@@ -72,7 +73,7 @@ def measure(problem: Problem, implementations: list[Implementation], budget: Bud
     for name, ceiling in problem.ceilings.items():
         outcome = Outcome(CEILING + name, problem.pass_name)
         outcomes.append(outcome)
-        with _reported(outcome):
+        with reported(outcome):
             contestants.append((ceiling.build(), outcome, False))
     _time_in_turn(problem, contestants, sets, budget, device)
     return outcomes
@@ -115,7 +116,7 @@ def _run(problem: Problem, implementation: Implementation, call: Call, tensors: 
 
 
 @contextmanager
-def _reported(outcome: Outcome) -> Iterator[None]:
+def reported(outcome: Outcome) -> Iterator[None]:
     """Turn a failure inside into the outcome's status: one implementation may fail in any way, and the others still count."""
     try:
         yield
@@ -141,7 +142,7 @@ def _checked(
     problem: Problem, implementation: Implementation, tensors: Tensors, outcome: Outcome, device: str
 ) -> Callable[[Tensors], Results] | None:
     """Build, check against float64, measure the memory; return the pass to time, or None if it failed."""
-    with _reported(outcome):
+    with reported(outcome):
         call = implementation.build()
 
         def run(tensors: Tensors) -> Results:
@@ -177,7 +178,7 @@ def _time_in_turn(problem: Problem, contestants: list[Contestant], sets: list[Te
         for run, outcome, inplace in contestants:
             tensors = sets[turn % len(sets)]
             turn += 1
-            with _reported(outcome):  # the check had the memory to itself; here all contestants hold some
+            with reported(outcome):  # the check had the memory to itself; here all contestants hold some
                 ms = timer(run, tensors, problem.repeats)
                 if round_number >= 0:
                     outcome.times.append(ms)

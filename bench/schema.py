@@ -59,6 +59,7 @@ ROW: dict[str, Kind] = {
     "result_mib": NUMBER,  # the part of it that is outputs and gradients
     "error": NUMBER,  # of the values against float64, in units of 1 + |truth|
     "grad_error": NUMBER,  # of the gradients against float64, in units of the largest gradient
+    "padding": NUMBER,  # the share of an epoch's positions that is padding
 }
 PLAIN, OURS = "plain", "nca_kernels"
 SIDE_ROWS = re.compile(f"^{CEILING}| again$|save_budget")  # neither a contestant nor a peer
@@ -141,6 +142,7 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
                 "result_mib": outcome.result_mib,
                 "error": _finite(outcome.error),
                 "grad_error": _finite(outcome.grad_error),
+                "padding": outcome.padding,
             }
         )
     return result
@@ -186,6 +188,12 @@ def path(folder: Path, document: dict) -> Path:
     return folder / device / f"{document['header']['suite']}.json"
 
 
+def stored_rows(folder: Path, document: dict, without: set[str]) -> list[dict]:
+    """The rows of this suite and machine that are stored already, but for those of some cases."""
+    file = path(folder, document)
+    return [row for row in load(file)["rows"] if row["case"] not in without] if file.exists() else []
+
+
 def write(folder: Path, document: dict) -> Path:
     check(document)
     target = path(folder, document)
@@ -198,6 +206,8 @@ def write(folder: Path, document: dict) -> Path:
 
 def load(file: Path) -> dict:
     document = json.loads(file.read_text())
+    for row in document["rows"]:
+        row.setdefault("padding", None)  # which results of before 2026-11-30 do not have
     check(document)
     return document
 
@@ -210,6 +220,7 @@ COLUMNS = {
     "share": ("share", "{:.0%}"),
     "vs plain": ("speedup", "{:.2f}x"),
     "tokens/s": ("tokens_per_second", "{:.0f}"),
+    "padding": ("padding", "{:.0%}"),
     "peak MiB": ("peak_mib", "{:.0f}"),
     "results": ("result_mib", "{:.0f}"),
     "error": ("error", "{:.1e}"),

@@ -1,27 +1,35 @@
-"""One optimisation step of a Llama by NCA: forward, backward, clipping and AdamW, through this trainer and others."""
+"""One optimisation step of a Llama by NCA: forward, backward, clipping and AdamW, through this trainer and others.
+
+Lengths have a long tail (:mod:`bench.step_data`), and each contestant takes the batches that its sampler makes of one data set.
+Each runs in a process of its own, so that its peak memory is its own. On a CPU they take turns step by step, so that a drift of
+the machine's clock affects all alike; on a GPU one runs after the other, since not all fit in its memory.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import tempfile
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nca_kernels.dispatch import resolve
 
-from .cases import IGNORE_INDEX, Call, Implementation, Problem, Tensors, Unsupported, plain_logps, value_error
+from .cases import Problem, value_error
+from .measure import TOLERANCE, Outcome, reported
+from .memory import peak_extra, poisoned, release
+from .step_data import STEPS, Row, long_tailed_rows, padding, sample, sequences
+from .step_ways import ALL_LOGITS, Way, by_length, ours, plain, trl, truth
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
-BETA = 0.1
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -31,194 +39,188 @@ SIZES = (
     "num_key_value_heads",
 )
 MODELS = {
-    "small": (32000, 512, 1408, 4, 8, 8),
-    "1B": (128256, 2048, 8192, 16, 32, 8),  # Llama 3.2's
+    "small": (32000, 512, 1408, 4, 8, 8),  # the head does 56% of a token's products; Gemma 3 270M's 63%
+    "deep": (32000, 512, 1408, 12, 8, 8),  # 30%; Qwen 2.5 0.5B's 28%
+    "1B": (128256, 2048, 8192, 16, 32, 8),  # Llama 3.2's, 21%
     "tiny": (50, 16, 32, 1, 2, 2),
 }
-# The output folder of the trainers, which write nothing.
-FOLDER = str(Path(tempfile.gettempdir(), "nca_kernels-bench"))
-# model, dtype, prompts, responses each, tokens of a prompt, tokens of a response
+
+
+class Case(NamedTuple):
+    model: str
+    dtype: str
+    prompts: int  # of a batch
+    responses: int
+    prompt_tokens: int  # the mean, before the longest are cut
+    response_tokens: int
+    rows: int = 4096  # of the data set
+
+    def __str__(self) -> str:
+        ratio = self.response_tokens / self.prompt_tokens
+        share = f"1:{ratio:.0f}" if ratio >= 1 else f"{1 / ratio:.0f}:1"
+        lengths = f"prompts of about {self.prompt_tokens} and responses of about {self.response_tokens} tokens"
+        return f"{self.model} Llama, K={self.responses} {share}, {lengths}, B={self.prompts}"
+
+
+def _cases(model: str, dtype: str, tokens: int, prompts: dict[int, int]) -> list[Case]:
+    """``tokens`` of a prompt and a response; ``prompts`` of a batch by the number of responses."""
+    long, short = round(0.8 * tokens), round(0.2 * tokens)
+    lengths = [(long, short), (tokens // 2, tokens // 2), (short, long)]
+    return [Case(model, dtype, B, K, *means) for K, B in prompts.items() for means in lengths]
+
+
 CASES = {
-    "cpu": [("small", "float32", 4, 4, 64, 64), ("small", "float32", 8, 2, 64, 64)],
-    "cuda": [("1B", "bfloat16", 4, 4, 256, 256), ("1B", "bfloat16", 8, 2, 256, 256)],
+    "cpu": [*_cases("small", "float32", 128, {2: 4, 4: 2, 8: 2}), Case("deep", "float32", 2, 4, 64, 64)],
+    "cuda": _cases("1B", "bfloat16", 512, {2: 8, 4: 4, 8: 2}),
 }
-TINY = [("tiny", "float32", 2, 2, 5, 4), ("tiny", "float32", 2, 3, 5, 4)]
+TINY = [Case("tiny", "float32", 2, K, 5, 4, rows=64) for K in (2, 3)]
 
 
-def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Implementation]]]:
-    for name, dtype, prompts, responses, prompt_tokens, response_tokens in cases:
-        model = _model(name, getattr(torch, dtype), device)
-        vocab = model.config.vocab_size
-        tensors = {
-            "prompts": torch.randint(vocab, (prompts, prompt_tokens), device=device),
-            "responses": torch.randint(vocab, (prompts, responses, response_tokens), device=device),
-            "scores": torch.rand(prompts, responses, device=device).argsort(-1).float(),
-        }
-        with torch.no_grad():
-            logps = _plain_logps(model, tensors)
-        tensors["ref_logps"] = logps + torch.randn(prompts, responses, device=device)
-        truth = _truth(model, tensors)
-        problem = Problem(
-            case=f"{name} Llama, B={prompts} K={responses}, prompts of {prompt_tokens}, responses of {response_tokens}",
-            pass_name="step",
-            dtype=dtype,
-            tensors=tensors,
-            # The loss, and the norm of all gradients before clipping.
-            truth=partial(_errors, truth),
-            kind="tokens",
-            amount=prompts * responses * (prompt_tokens + response_tokens),
-        )
-        yield problem, implementations(model, device, responses)
+def ways(case: Case, device: str) -> dict[str, Callable[..., Way]]:
+    mine = f"nca_kernels {resolve('linear_token_logps', None, torch.device(device), getattr(torch, case.dtype))}"
+    return {
+        "plain": plain,
+        "plain, by length": partial(plain, grouped=True),
+        f"{mine}, by length": ours,
+        f"{mine}, by length, share_prompt": partial(ours, share_prompt=True),
+        f"{mine}, by length, share_prompt, all logits kept": partial(ours, share_prompt=True, save_budget=ALL_LOGITS),
+        "TRL DPOTrainer, by length": trl,
+    }
 
 
-def _errors(truth: Tensor, values: Tensor, grads: list[Tensor]) -> tuple[float, None]:
-    return value_error(values, truth), None
+def process() -> Executor:
+    """What a contestant runs in."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def _model(name: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+def measured(case: Case, device: str, seconds: float) -> tuple[Problem, list[Outcome]]:
+    """What ``schema.rows`` takes, of one round of all steps, and more until ``seconds`` are over."""
+    rows = _rows(case)
+    checked = _sample(rows, by_length(rows, case.prompts), case, share_prompt=False)[0]
+    problem = Problem(
+        case=str(case),
+        pass_name="step",
+        dtype=case.dtype,
+        tensors={},
+        truth=partial(_errors, truth(_model(case, device), checked)),
+        kind="tokens",
+        # Of separate rows without padding: a prompt counts with each of its responses, computed once or K times.
+        amount=round(sum(sum(sequences(row)) for row in rows) / (case.rows / case.prompts)),
+    )
+    release(device)
+    outcomes = [Outcome(name, "step") for name in ways(case, device)]
+    for together in [outcomes] if device == "cpu" else [[outcome] for outcome in outcomes]:
+        with ExitStack() as stack:
+            contestants = [_Contestant(outcome, stack.enter_context(process())) for outcome in together]
+            _check(contestants, problem, checked, case, device)
+            _take_turns([each for each in contestants if each.outcome.status == "ok"], seconds)
+    return problem, outcomes
+
+
+def _errors(right: Tensor, values: Tensor, grads: list[Tensor]) -> tuple[float, None]:
+    return value_error(values, right), None
+
+
+class _Contestant(NamedTuple):
+    outcome: Outcome
+    executor: Executor
+
+    def submit(self, method: str, *arguments: Any) -> Future:
+        """Of what the method of the :class:`Runner` in the executor returns."""
+        return self.executor.submit(_call, self.outcome.name, method, *arguments)
+
+
+def _check(contestants: list[_Contestant], problem: Problem, batch: list[Row], case: Case, device: str) -> None:
+    begun = [contestant.submit("begin", case, device) for contestant in contestants]
+    for contestant, share in zip(contestants, begun, strict=True):
+        outcome = contestant.outcome
+        with reported(outcome):
+            outcome.padding = share.result()
+            outcome.error, _ = problem.truth(contestant.submit("check", batch).result(), [])
+            outcome.peak_mib = contestant.submit("peak").result()
+            if not outcome.error <= TOLERANCE[case.dtype]:  # not ">": NaN is wrong too
+                outcome.status = "wrong"
+
+
+def _take_turns(contestants: list[_Contestant], seconds: float) -> None:
+    started, order = time.monotonic(), random.Random(0)
+    while True:
+        totals = {contestant.outcome.name: 0.0 for contestant in contestants}
+        for i in range(STEPS):
+            for contestant in order.sample(contestants, len(contestants)):
+                totals[contestant.outcome.name] += contestant.submit("time", i).result()
+        for contestant in contestants:
+            contestant.outcome.times.append(totals[contestant.outcome.name] / STEPS)
+        if time.monotonic() - started >= seconds:
+            return
+
+
+class Runner:
+    """A contestant in its own process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def begin(self, case: Case, device: str) -> float:
+        """Returns the share of padding in an epoch."""
+        self.device, rows = device, _rows(case)
+        self.model = _model(case, device).train()
+        way = ways(case, device)[self.name](self.model, rows, case.prompts)
+        self.backward = way.backward
+        # At a learning rate of 0 it does all of its work and leaves the weights as they were.
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+        self.batches = _sample(rows, way.order, case, way.share_prompt)
+        return padding(_batches(rows, way.order, case), way.share_prompt)
+
+    def check(self, batch: list[Row]) -> Tensor:
+        with poisoned(self.device):
+            return self.step(batch).cpu()
+
+    def peak(self) -> float | None:
+        """MiB beyond weights and optimizer of the step on the largest batch."""
+        return peak_extra(partial(self.step, self.batches[-1]), self.device)[1]
+
+    def time(self, i: int) -> float:
+        """Milliseconds of the step on a batch of the sample."""
+        started = time.perf_counter()
+        self.step(self.batches[i]).tolist()  # which waits for a GPU
+        return 1e3 * (time.perf_counter() - started)
+
+    def step(self, batch: list[Row]) -> Tensor:
+        """The loss, and the norm of all gradients before clipping."""
+        try:
+            loss = self.backward(batch)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()  # a step that fails must leave no gradients to the next
+        return torch.stack([loss.detach(), norm])
+
+
+_runners: dict[str, Runner] = {}
+
+
+def _call(name: str, method: str, *arguments: Any) -> Any:
+    return getattr(_runners.setdefault(name, Runner(name)), method)(*arguments)
+
+
+def _rows(case: Case) -> list[Row]:
+    return long_tailed_rows(case.rows, MODELS[case.model][0], case.responses, case.prompt_tokens, case.response_tokens)
+
+
+def _batches(rows: list[Row], order: list[int], case: Case) -> list[list[Row]]:
+    return [[rows[i] for i in order[start : start + case.prompts]] for start in range(0, len(order), case.prompts)]
+
+
+def _sample(rows: list[Row], order: list[int], case: Case, share_prompt: bool) -> list[list[Row]]:
+    return sample(_batches(rows, order, case), share_prompt)
+
+
+def _model(case: Case, device: str) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: dict[str, Any] = dict(zip(SIZES, MODELS[name], strict=True))
+    sizes: dict[str, Any] = dict(zip(SIZES, MODELS[case.model], strict=True))
     config = LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
     with torch.device(device):  # where random numbers for a billion weights cost nothing
-        return LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]  # transformers' wrapper of `to`
-
-
-def _rows(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Prompt and response as one row, ``[B * K, T]``, and its labels, which ignore the prompt."""
-    prompts = tensors["prompts"].repeat_interleave(tensors["responses"].shape[1], 0)
-    responses = tensors["responses"].flatten(0, 1)
-    return torch.cat([prompts, responses], 1), torch.cat([torch.full_like(prompts, IGNORE_INDEX), responses], 1)
-
-
-def _plain_logps(model: LlamaForCausalLM, tensors: Tensors) -> Tensor:
-    input_ids, labels = _rows(tensors)
-    return plain_logps(model(input_ids).logits[:, :-1], labels[:, 1:]).sum(-1).view(tensors["scores"].shape)
-
-
-def _loss(logps: Tensor, tensors: Tensors) -> Tensor:
-    """NCA with all weight on the best response; at K = 2 TRL calls it ``nca_pair``."""
-    r = BETA * (logps - tensors["ref_logps"])
-    best = tensors["scores"].argmax(-1, keepdim=True)
-    return -(F.logsigmoid(r).gather(-1, best).squeeze(-1) + F.logsigmoid(-r).mean(-1)).mean()
-
-
-def _truth(model: LlamaForCausalLM, tensors: Tensors) -> Tensor:
-    """Loss and gradient norm in float64, row by row: what all rows keep for backward does not fit on a GPU."""
-    double = copy.deepcopy(model).double()
-    rows = [(ids[None], labels[None, 1:]) for ids, labels in zip(*_rows(tensors), strict=True)]
-
-    def logp(ids: Tensor, labels: Tensor) -> Tensor:
-        return plain_logps(double(ids).logits[:, :-1], labels, torch.float64).sum()
-
-    with torch.no_grad():
-        logps = torch.stack([logp(*row) for row in rows]).view(tensors["scores"].shape)
-    logps.requires_grad_()
-    loss = _loss(logps, tensors)
-    (dlogps,) = torch.autograd.grad(loss, logps)
-    for row, dlogp in zip(rows, dlogps.flatten(), strict=True):
-        logp(*row).backward(dlogp)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in double.parameters() if p.grad is not None])
-    return torch.stack([loss.detach(), norm])
-
-
-def implementations(model: LlamaForCausalLM, device: str, responses: int) -> list[Implementation]:
-    # At a learning rate of 0 AdamW does all of its work and leaves the weights as they were, so all implementations that do not
-    # patch the model share one model and one AdamW: five of each do not fit on a GPU.
-    shared = torch.optim.AdamW(model.parameters(), lr=0.0)
-    model.train()
-
-    def step(backward: Call, optimizer: torch.optim.Optimizer = shared) -> Call:
-        """``backward``, which returns the loss, and what every implementation does after it."""
-        parameters = optimizer.param_groups[0]["params"]
-
-        def call(tensors: Tensors) -> Tensor:
-            try:
-                loss = backward(tensors)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-            finally:
-                optimizer.zero_grad()  # a step that fails must leave no gradients to the next
-            return torch.stack([loss.detach(), norm])
-
-        return call
-
-    def nca_kernels(share_prompt: bool = False) -> Call:
-        from nca_kernels.integrations.training.config import NCAConfig
-        from nca_kernels.integrations.training.trainer import NCATrainer
-
-        arguments = NCAConfig(
-            FOLDER,
-            loss="nca",
-            beta=BETA,
-            alpha=0.0,
-            share_prompt=share_prompt,
-            use_cpu=device == "cpu",
-            report_to="none",
-        )
-        first = [{"prompt_ids": [2, 3], "response_ids": [[4], [5]], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]}]
-        trainer = NCATrainer(model, arguments, first)
-
-        def backward(tensors: Tensors) -> Tensor:
-            names = {"prompts": "prompt_ids", "responses": "response_ids", "scores": "scores", "ref_logps": "ref_logps"}
-            columns = {name: tensors[key].tolist() for key, name in names.items()}
-            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            return trainer.training_step(model, trainer.data_collator(rows), num_items_in_batch=len(rows))
-
-        return step(backward)
-
-    def plain() -> Call:
-        def backward(tensors: Tensors) -> Tensor:
-            loss = _loss(_plain_logps(model, tensors), tensors)
-            loss.backward()
-            return loss
-
-        return step(backward)
-
-    def trl() -> Call:
-        if responses != 2:
-            raise Unsupported("takes only pairs")
-        from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
-
-        own = copy.deepcopy(model)  # this trainer patches it
-        # TRL turns it on; its name depends on the version of transformers.
-        names = {field.name for field in dataclasses.fields(DPOConfig)}
-        checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-        options: dict[str, Any] = {"loss_type": "nca_pair", "precompute_ref_log_probs": True, checkpointing: False}
-        options |= {"use_cpu": device == "cpu", "report_to": "none", "bf16": False, "max_length": None}
-        arguments = DPOConfig(FOLDER, beta=BETA, **options)
-        first = Dataset.from_list([{"prompt": "2 3", "chosen": " 4", "rejected": " 5"}])
-        trainer = DPOTrainer(own, args=arguments, train_dataset=first, processing_class=_numbers(own.config.vocab_size))
-        trainer.current_gradient_accumulation_steps = 1  # as its train() would
-
-        def backward(tensors: Tensors) -> Tensor:
-            best = tensors["scores"].argmax(-1)
-            rows = []
-            for prompt, pair, logps, b in zip(
-                *(tensors[name].tolist() for name in ("prompts", "responses", "ref_logps")), best.tolist(), strict=True
-            ):
-                row = {"prompt_ids": prompt, "chosen_ids": pair[b], "rejected_ids": pair[1 - b]}
-                rows.append({**row, "ref_chosen_logps": logps[b], "ref_rejected_logps": logps[1 - b]})
-            return trainer.training_step(own, trainer.data_collator(rows))
-
-        return step(backward, torch.optim.AdamW(own.parameters(), lr=0.0))
-
-    mine = f"nca_kernels {resolve('linear_token_logps', None, torch.device(device), model.dtype)}"  # the one that the trainer gets
-    return [
-        Implementation(mine, nca_kernels),
-        Implementation(f"{mine} again", nca_kernels),
-        Implementation(f"{mine}, share_prompt", lambda: nca_kernels(share_prompt=True)),
-        Implementation("plain", plain),
-        Implementation("TRL DPOTrainer", trl),
-    ]
-
-
-def _numbers(vocab: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the ids: the trainer wants one, and reads no text here."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(vocab)}, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0", pad_token="0", eos_token="1")
+        return LlamaForCausalLM(config).to(getattr(torch, case.dtype))

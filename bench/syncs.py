@@ -24,13 +24,14 @@ def waits(call: Callable[[], object]) -> Counter[str]:
 
 
 def main() -> None:
-    problem, implementations = next(step.problems("cuda", step.TINY))
-    ours = implementations[0]
-    tensors = {name: tensor.cpu() for name, tensor in problem.tensors.items()}  # as a data loader hands them over
-    run = ours.build()
-    run(tensors)  # compiles, allocates
-    places = waits(lambda: run(tensors))
-    print(f"{ours.name}: one training step, forward to optimizer, waits for the GPU {places.total()} times")
+    case = step.TINY[0]
+    name = next(name for name in step.ways(case, "cuda") if name.startswith("nca_kernels"))
+    runner = step.Runner(name)
+    runner.begin(case, "cuda")
+    batch = runner.batches[0]
+    runner.step(batch)  # compiles, allocates
+    places = waits(lambda: runner.step(batch))
+    print(f"{name}: one training step, forward to optimizer, waits for the GPU {places.total()} times")
     for place, times in places.most_common():
         print(f"{times:4} at {place}")
 

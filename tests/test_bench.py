@@ -7,6 +7,8 @@ import platform
 import shutil
 import subprocess
 import warnings
+from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 import nca_kernels
 from bench import __main__ as command
-from bench import group, memory, plot, schema, step, syncs, tune
+from bench import group, memory, plot, schema, step, step_data, step_ways, syncs, tune
 from bench.cases import Implementation, Unsupported
 from bench.measure import Budget, measure
 from bench.summary import lacking, summary
@@ -22,7 +24,8 @@ from nca_kernels.backends import BACKENDS
 from nca_kernels.dispatch import resolve
 
 ONCE = Budget(rounds=1, seconds=0.0)
-TRAINERS = f"nca_kernels {resolve('linear_token_logps', None, torch.device('cpu'), torch.float32)}"  # names no backend
+process = step.process
+TRAINERS = f"nca_kernels {resolve('linear_token_logps', None, torch.device('cpu'), torch.float32)}, by length"  # names no backend
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,19 @@ def quick(monkeypatch):
         raise Unsupported("not in the tests")
 
     monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(step, "process", _Here)
+
+
+class _Here(Executor):
+    """Runs a contestant in this process: another one takes seconds to start."""
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as failure:
+            future.set_exception(failure)
+        return future
 
 
 @pytest.fixture
@@ -103,30 +119,60 @@ def test_a_case_that_cannot_be_set_up_costs_itself_alone(tmp_path, monkeypatch):
     assert lacking(document) == ["nca 3 2: nca_kernels: failed: OutOfMemoryError: out of memory"]
 
 
+CASE = step.TINY[1]
+
+
+def runner(name):
+    runner = step.Runner(name)
+    runner.begin(CASE, "cpu")
+    return runner
+
+
 def test_a_step_has_its_truth_row_by_row_and_leaves_its_model_as_it_was(monkeypatch):
-    torch.manual_seed(0)
-    model = step._model("tiny", torch.float32, "cpu")
-    prompts, responses = torch.randint(50, (2, 5)), torch.randint(50, (2, 3, 4))
-    tensors = {
-        "prompts": prompts,
-        "responses": responses,
-        "scores": torch.rand(2, 3),
-        "ref_logps": -15 + torch.randn(2, 3),
-    }
-    loss = step._loss(step._plain_logps(model, tensors), tensors)
+    model, batch = step._model(CASE, "cpu"), step._rows(CASE)[:3]
+    loss = step_ways.loss_of(step_ways.plain_sequence_logps(model, batch), batch)
     norm = torch.nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters())))
-    truth = step._truth(model, tensors)
+    truth = step_ways.truth(model, batch)
     torch.testing.assert_close(truth.float(), torch.stack([loss, norm]).detach(), rtol=1e-5, atol=0)
 
-    before = copy.deepcopy(model.state_dict())
-    plain = next(each for each in step.implementations(model, "cpu", 3) if each.name == "plain").build()
+    plain = runner("plain")
+    before = copy.deepcopy(plain.model.state_dict())
     for _ in range(2):
-        torch.testing.assert_close(plain(tensors), truth.float(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(plain.step(batch), truth.float(), rtol=1e-5, atol=0)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plain(tensors)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        plain.step(batch)
+    assert all(parameter.grad is None for parameter in plain.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in plain.model.state_dict().items())
+
+
+def test_a_contestant_that_is_wrong_is_not_timed(monkeypatch):
+    right = step_ways.truth
+    monkeypatch.setattr(step, "truth", lambda model, batch: right(model, batch) + 1e-3)
+    _, outcomes = step.measured(CASE, "cpu", 0.0)
+    assert {(outcome.status.partition(":")[0], len(outcome.times)) for outcome in outcomes} == {("wrong", 0), ("unsupported", 0)}
+
+
+def test_the_steps_that_are_measured_stand_for_an_epoch():
+    rows = step_data.long_tailed_rows(4096, 50, 4, 32, 32)
+    lengths = [len(response) for row in rows for response in row["response_ids"]]
+    assert 0.95 * 32 < sum(lengths) / len(lengths) < 32  # the longest are cut
+    assert max(lengths) == 4 * 32 and sorted(lengths)[len(lengths) // 2] < 0.8 * 32
+    batches = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    for share_prompt in (False, True):
+        chosen = step_data.sample(batches, share_prompt)
+        for facts in (partial(step_data.size, share_prompt=share_prompt), lambda batch: sum(map(step_data.scored, batch))):
+            of_epoch, of_sample = (sum(map(facts, each)) / len(each) for each in (batches, chosen))
+            assert of_sample == pytest.approx(of_epoch, rel=0.03)
+
+
+@pytest.mark.long
+def test_a_contestant_runs_in_a_process_of_its_own():
+    with process() as executor:
+        assert executor.submit(os.getpid).result() != os.getpid()
+        share = executor.submit(step._call, "plain, by length", "begin", CASE, "cpu").result()
+        assert share == pytest.approx(runner("plain, by length").begin(CASE, "cpu"))
+        assert executor.submit(step._call, "plain, by length", "time", 0).result() > 0
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "nan"])

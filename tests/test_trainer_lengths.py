@@ -23,9 +23,7 @@ def long_tailed_rows(n):
     def ids():
         return [draw.randrange(1, 40) for _ in range(min(2 + int(draw.lognormvariate(1.5, 1.0)), 60))]
 
-    return [
-        {"prompt_ids": ids(), "response_ids": [ids(), ids()], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]} for _ in range(n)
-    ]
+    return [{"prompt_ids": ids(), "response_ids": [ids(), ids()], "scores": [1.0, 0.0], "ref_logps": [0.0, 0.0]} for _ in range(n)]
 
 
 def batches_of(tmp_path, rows, **options):
