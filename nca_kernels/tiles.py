@@ -122,7 +122,10 @@ class Tiling:
 
 def _tile_in(memory: Tensor, block: slice, columns: slice) -> Tensor:
     rows, width = block.stop - block.start, columns.stop - columns.start
-    return memory[: rows * aligned(width)].view(rows, aligned(width))[:, :width]
+    padded = memory[: rows * aligned(width)].view(rows, aligned(width))
+    # A GEMM of 16-bit matrices on a CPU with AMX may multiply the padding by zeros, and what was there before may be NaN.
+    padded[:, width:].zero_()
+    return padded[:, :width]
 
 
 def multiplies_wide(a: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 import nca_kernels
 from nca_kernels import linear
 from nca_kernels.backends import BACKENDS
-from nca_kernels.tiles import aligned, multiplies_wide, split, tile_shape
+from nca_kernels.tiles import Tiling, aligned, multiplies_wide, split, tile_shape
 
 SYNCS = ("aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::masked_select")
 GPU = torch.device("cuda")
@@ -168,3 +168,30 @@ def test_strides_of_dimensions_of_size_one_do_not_count(monkeypatch):
             ignore_index=-100, scale=1.0, softcap=None, vocab_start=0, vocab_total=V,
         )  # fmt: skip
     assert [options["ALIKE"] for options in launches] == [True, False]
+
+
+@pytest.fixture
+def memory_of_nan():
+    """PyTorch fills what is not initialised with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_padding_of_a_tile_is_zero(memory_of_nan):
+    tiling = Tiling(64, 97, torch.empty(0, dtype=torch.bfloat16), torch.bfloat16, frozen=True)
+    block, columns = slice(0, 64), slice(0, 97)
+    for tile in (tiling.tile(block, columns), tiling.spare_tile(block, columns), tiling.logits(block, columns)[0]):
+        assert not tile.as_strided((64, 31), (128, 1), tile.storage_offset() + 97).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_memory_held_before_does_not_reach_a_gradient(memory_of_nan, trained, dtype):
+    """On a CPU with AMX a GEMM multiplies the padding of its operands' rows by zeros."""
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 32).to(dtype).requires_grad_()
+    weight = torch.randn(97, 32).to(dtype).requires_grad_(trained)
+    nca_kernels.linear_token_logps(hidden, weight, torch.randint(97, (64,)), backend="cpu").sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert not trained or weight.grad.isfinite().all()
