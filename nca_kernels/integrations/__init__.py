@@ -1,7 +1,7 @@
 """Hugging Face integration: models, reward data, the reference, the trainer and the commands.
 
-The rooms import downwards only: ``commands -> training -> reference -> data -> models``. The names below load their room when
-they are first used, so that importing this package loads neither transformers nor Triton.
+Each subpackage imports only from those after it: ``commands -> training -> reference -> data -> models``. The names below are
+loaded at their first use, so that importing this package loads neither transformers nor Triton.
 """
 
 from __future__ import annotations

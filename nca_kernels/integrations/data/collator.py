@@ -39,9 +39,9 @@ class _Segment(NamedTuple):
     """Consecutive tokens of a row of the batch."""
 
     input_ids: list[int]
-    scored: int  # how many of them, at its end
+    scored: int  # how many tokens at its end have a label
     position: int  # of the first
-    branch: int  # 0 is seen by every later token of the row
+    branch: int  # tokens of branch 0 are seen by every later token of the row
 
 
 @dataclass
@@ -49,19 +49,19 @@ class GroupCollator:
     r"""Rows of ``tokenize_groups`` to a batch.
 
     Args:
-        pad_token_id: fills up rows; any id, it is never attended to nor scored.
-        layout: ``"padded"``: one row a response. ``"packed"``: all of them in one row, for models that keep sequences apart
-            by ``position_ids``. ``"share_prompt"``: one row a prompt, which holds the prompt once and its responses side by
-            side (:mod:`~nca_kernels.integrations.data.shared_prompt`).
+        pad_token_id: fills up rows; any id, since padding is not attended to and has no label.
+        layout: ``"padded"``: one row a response. ``"packed"``: all responses in one row, for models that separate
+            sequences by ``position_ids``. ``"share_prompt"``: one row a prompt, which holds the prompt once and its responses side
+            by side (:mod:`~nca_kernels.integrations.data.shared_prompt`).
 
-    A batch of B prompts, at most K responses each, S in all, holds:
+    A batch of B prompts, with at most K responses each and S responses in all, holds:
 
-    - ``input_ids``, ``labels`` ``[N, T]``: ``labels`` are -100 at prompts and padding, and are scored with ``shift=1``;
+    - ``input_ids``, ``labels`` ``[N, T]``: ``labels`` are -100 at prompts and padding, and belong to the logits with ``shift=1``;
     - ``attention_mask`` ``[N, T]`` (padded), ``position_ids`` ``[N, T]`` (packed, shared), ``branches`` ``[N, T]`` (shared:
       0 at the prompt, k at the k-th response, -1 at padding);
-    - ``scores``, ``mask``, ``lengths`` ``[B, K]``: the scores, which of them exist, and the number of scored tokens;
+    - ``scores``, ``mask``, ``lengths`` ``[B, K]``: the scores, which responses exist, and the number of labelled tokens;
       ``ref_logps`` and ``desirable`` ``[B, K]`` if the rows have them;
-    - ``cu_seqlens`` ``[S + 1]`` and ``slots`` ``[S]``, by which :func:`group_logps` finds the responses.
+    - ``cu_seqlens`` ``[S + 1]`` and ``slots`` ``[S]``, with which :func:`group_logps` finds the responses.
     """
 
     pad_token_id: int
@@ -96,7 +96,7 @@ class GroupCollator:
                 branches[n, start:end] = segment.branch
                 if segment.scored:
                     starts.append(n * shape[1] + start)
-        # A response's sum may run on to the next one's first token: all between them is unscored, a zero.
+        # The sum of a response may extend to the start of the next one: tokens between them have no label and add 0.
         batch: Batch = {
             "input_ids": input_ids,
             "labels": labels,
@@ -115,8 +115,8 @@ def _separate(row: dict) -> Iterator[_Segment]:
 
 
 def _shared(row: dict) -> Iterator[_Segment]:
-    # The prompt's last token predicts the first one of every response, and a position predicts only one: so each response
-    # has it again as its head, at the same position id, where the model computes the same hidden state.
+    # The prompt's last token predicts the first token of every response, but a position predicts only one token. So each response
+    # begins with a copy of it, at the same position id, where the model computes the same hidden state.
     *prompt, last = row["prompt_ids"]
     yield _Segment(prompt, 0, 0, 0)
     for branch, response in enumerate(row["response_ids"], start=1):

@@ -1,7 +1,7 @@
-"""Files of rows, read record by record: JSON Lines, JSON arrays, CSV and Parquet, compressed or not, in any Unicode encoding.
+"""Reads files of rows record by record: JSON Lines, JSON arrays, CSV and Parquet, compressed or not, in any Unicode encoding.
 
-``datasets`` reads such files, too, but wants one schema for all rows, guesses types (a text like a date becomes a date) and does
-not say which row it failed at. Here a record is a JSON text or what is wrong with it, and nothing is guessed.
+``datasets`` also reads such files, but it needs one schema for all rows, guesses types (a text like a date becomes a date) and does
+not say at which row it failed. Here a record is a JSON text or a problem, and no type is guessed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# What data repositories have beside their data.
+# Files of data repositories that are not data.
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 
 
@@ -53,7 +53,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def data_files(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that belong to a split, told by their names as ``datasets`` does; "train" is all where no name tells.
+    """The files of a folder that belong to a split, by their names, as in ``datasets``; if no name has a split, all are "train".
 
     Raises:
         ValueError: no data file, or none of that split.
@@ -92,7 +92,7 @@ def records(path: Path) -> Iterator[Record]:
             reader = _csv(file, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else _json(file, kind)
             for row, text, problem in reader:
                 yield row, text, problem
-    # Of a file cut off or damaged, what came before the damage is good; nothing after it can be read.
+    # In a file that is cut off or damaged, the records before the damage are good; no later one can be read.
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, pa.ArrowException, UnicodeError) as error:
         yield row + 1, None, f"cannot be read ({error}); nothing after it is read"
     except OSError as error:
@@ -107,7 +107,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _encoding(file: Any) -> str:
-    """The Unicode encoding that the first bytes tell: by their mark, or, as JSON and CSV begin with ASCII, by their zeros."""
+    """The Unicode encoding by the first bytes: by their byte order mark, or by their zeros, since JSON and CSV begin with ASCII."""
     start = file.peek(4)[:4]
     for mark, name in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig")):
         if start.startswith(mark):
@@ -126,7 +126,7 @@ def _json(file: Any, kind: str | None) -> Iterator[Record]:
     if start.startswith("[") or (kind == ".json" and _is_one_value(file, encoding)):
         yield from _array(file.read().decode(encoding))
     elif encoding == "utf-8":
-        for row, line in enumerate(file, start=1):  # bytes: one line that is not UTF-8 costs itself
+        for row, line in enumerate(file, start=1):  # bytes: a line that is not UTF-8 is the only bad one
             yield from _line(row, line)
     else:
         for row, text in enumerate(io.TextIOWrapper(file, encoding, newline="\n"), start=1):
@@ -145,7 +145,7 @@ def _line(row: int, line: bytes) -> Iterator[Record]:
 
 
 def _is_one_value(file: Any, encoding: str) -> bool:
-    """Whether a .json file is one value over several lines: its first line is no whole value."""
+    """Whether a .json file is one value over several lines, so that its first line is not a whole value."""
     first = file.peek(1 << 16).decode(encoding, errors="ignore").lstrip("\ufeff").lstrip()
     line, newline, _ = first.partition("\n")
     try:
@@ -156,7 +156,7 @@ def _is_one_value(file: Any, encoding: str) -> bool:
 
 
 def _array(text: str) -> Iterator[Record]:
-    """The items of a JSON array, or the values that follow one another, one by one: a broken one is named by its place."""
+    """The items of a JSON array, or consecutive values, one by one, so that an error names the position of a broken one."""
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     text = text.lstrip("\ufeff")
     at = re.compile(r"\s*\[?").match(text).end()  # type: ignore[union-attr]
@@ -181,7 +181,7 @@ def _array(text: str) -> Iterator[Record]:
 
 def _csv(file: Any, delimiter: str) -> Iterator[Record]:
     encoding = _encoding(file)
-    # Bytes that are not of the encoding come through as surrogates, which no text holds, and cost their own row.
+    # Bytes that are invalid in the encoding become surrogates, which valid text does not contain, and only their row is bad.
     lenient = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.TextIOWrapper(file, encoding, errors=lenient, newline=""), delimiter=delimiter)
@@ -222,7 +222,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def as_json(row: dict) -> str:
-    """A row as a JSON text; what JSON has no form for becomes a list, or its text."""
+    """A row as a JSON text; a value that JSON cannot express becomes a list or a text."""
     return json.dumps(row, default=_plain)
 
 
@@ -231,7 +231,7 @@ def _plain(value: object) -> object:
 
 
 def digest(path: Path) -> str:
-    """What a cache knows a file by: its bytes."""
+    """A hash of the file's bytes, by which a cache identifies the file."""
     made = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -1,4 +1,4 @@
-"""One row of data, in any layout, as a prompt, its responses and their scores."""
+"""Reads one row of data, in any layout, as a prompt, its responses and their scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .layouts import PROMPTS, WANTED, Layout, begun, fitting, raw_scores
 from .messages import BadRow, Empty, Message, as_messages, as_text, as_tools, from_transcript, is_chat, merged, same_messages
 from .paths import Row, as_paths, find, listed
 
-_FLOAT32_MAX = 3.4028234e38  # scores become float32, where more is infinite
+_FLOAT32_MAX = 3.4028234e38  # scores become float32, in which a larger number is infinite
 _MEDIA = {"image": "an image", "images": "an image", "videos": "a video", "audios": "a sound"}
 
 
@@ -17,14 +17,14 @@ def group_of(row: Row, forced: Layout | None, *, chat: bool, skip: bool, scores_
     """The row as ``load_groups`` stores it.
 
     Args:
-        row: under our names, where the user gave some.
-        forced: the layout to read it by; ``None`` for the one that keeps the most scores.
+        row: with its columns under our names, if the user mapped them.
+        forced: the layout to use; ``None`` for the one that keeps the most scores.
         chat: texts are turns of a chat.
-        skip: a bad response is left out, and does not make the row a bad one.
+        skip: leave a bad response out; it does not make the row a bad one.
         scores_required: false where responses may have no scores.
 
     Raises:
-        BadRow: what is wrong, by column.
+        BadRow: what is wrong, and in which column.
     """
     for column, medium in _MEDIA.items():
         if row.get(column):
@@ -41,7 +41,7 @@ def group_of(row: Row, forced: Layout | None, *, chat: bool, skip: bool, scores_
     made: dict[str, Any] = {"layout": layout.name, "score_count": count, "others": others, "dropped": dropped or None}
     if in_messages or system or tools:
         made["kind"] = "chat"
-        made["promoted"] = not in_messages  # were it not for the system message or the tools, it would be plain text
+        made["promoted"] = not in_messages  # plain text, apart from the system message or the tools
         prompt_messages, made["chat_responses"] = _as_chat(prompt, responses)
         made["chat_prompt"] = _with_system(system, prompt_messages)
     else:
@@ -62,7 +62,7 @@ def group_of(row: Row, forced: Layout | None, *, chat: bool, skip: bool, scores_
 
 
 def _layout(row: Row, forced: Layout | None) -> tuple[Layout, int, str | None]:
-    """The layout that the row is read by, the number of its scores, and another one that it fits with fewer scores."""
+    """The layout of the row, the number of its scores, and another layout that it fits with fewer scores."""
     fits = fitting(row)
     if forced is not None:
         counts = {layout.name: count for layout, count in fits}
@@ -81,7 +81,7 @@ def _layout(row: Row, forced: Layout | None) -> tuple[Layout, int, str | None]:
 
 def _responses_and_scores(layout: Layout, row: Row, scores_required: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
     responses = dict(listed(row, layout.responses))
-    if layout.name == "numbered":  # null where a row has fewer
+    if layout.name == "numbered":  # null in a row with fewer responses
         given = [name for name, value in responses.items() if not value is row.get(f"score_{name}") is None]
         responses = {name: responses[name] for name in given}
         scores = {f"score_{name}": row.get(f"score_{name}") for name in given}
@@ -100,7 +100,7 @@ def _responses_and_scores(layout: Layout, row: Row, scores_required: bool) -> tu
 
 
 def _finished(row: Row, responses: dict[str, Any]) -> tuple[dict[str, bool] | None, dict[str, Any]]:
-    """Which responses came to their end, where the row says so, and the responses without that key."""
+    """Which responses are finished, if the row says so, and the responses without that key."""
     given = row.get("finished")
     flags: dict[str, object] = dict.fromkeys(responses)
     if isinstance(given, list):
@@ -124,7 +124,7 @@ def _finished(row: Row, responses: dict[str, Any]) -> tuple[dict[str, bool] | No
 
 
 def _bare(value: Any) -> Any:
-    """A response without ``finished``; an object that holds a text alone is that text."""
+    """A response without ``finished``; an object that holds only a text becomes that text."""
     if isinstance(value, list):
         return [*value[:-1], _bare(value[-1])] if value and isinstance(value[-1], Mapping) else value
     if not isinstance(value, Mapping):
@@ -146,7 +146,7 @@ def _usable(
                 _check_score(column, score)
             as_messages(name, "assistant", value)
         except BadRow as problem:
-            # A preference is between two. Elsewhere what is only missing costs the one response.
+            # A preference needs both responses. In other layouts, a missing response or score drops that response only.
             if layout.unit == "preference" or not (skip or isinstance(problem, Empty)):
                 raise
             problems.append(problem)
@@ -165,9 +165,9 @@ def _check_score(column: str, score: object) -> None:
 
 
 def _prompt(layout: Layout, row: Row, responses: dict[str, Any]) -> Any:
-    """What stands where the layout has its prompt: a text, messages, or None."""
+    """The prompt at the layout's place for it: a text, messages, or None."""
     conversations = any(isinstance(value, list) and len(value) > 1 for value in responses.values())
-    # Beside whole conversations other columns hold other things than their prompt.
+    # If responses are whole conversations, columns other than prompt do not hold the prompt.
     places = layout.prompt or (("prompt",) if conversations else PROMPTS)
     for place in places:
         paths = as_paths(place)
@@ -214,7 +214,7 @@ def _with_system(system: str | None, prompt: list[Message]) -> list[Message]:
 
 
 def _as_chat(prompt: Any, responses: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """The prompt's messages, each once, and the responses' last ones."""
+    """The messages of the prompt, each once, and the last message of each response."""
     conversations = {column: as_messages(column, "assistant", response) for column, response in responses.items()}
     turns: list[Message] = []
     first = ""

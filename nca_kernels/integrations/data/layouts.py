@@ -1,4 +1,4 @@
-"""The layouts that reward and preference data comes in: one table, a row for each, and how a row of data is read by it."""
+"""The layouts of reward and preference data: a table with a row for each, and how a row of data is read by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .messages import BadRow
 from .paths import Found, Path, Row, as_paths, find, listed
 
 PAIR = ("chosen", "rejected")
-# Where a prompt may stand if the layout does not say; several paths in one entry are joined, line by line.
+# The places of a prompt, if the layout names none; several paths in one entry are joined, line by line.
 PROMPTS: tuple[Path | tuple[Path, ...], ...] = (
     "prompt",
     ("instruction", "input"),
@@ -21,7 +21,7 @@ PROMPTS: tuple[Path | tuple[Path, ...], ...] = (
     "conversations",
     "messages",
 )
-# What winners are called where a column names one: the place of the better response; None for a tie.
+# The values of a column that names the winner: the position of the better response; None for a tie.
 _WINNERS = {"a": 0, "model_a": 0, "b": 1, "model_b": 1, "tie": None, "both_bad": None, "tie (bothbad)": None}
 
 
@@ -29,14 +29,14 @@ class Layout(NamedTuple):
     """One row of the table.
 
     Attributes:
-        name: what the line that tells the layout calls it.
-        sets: public data sets or programs that have it, for the documentation.
+        name: as printed.
+        sets: public data sets or programs that use it, for the documentation.
         responses: one path to a list, or a path for each response.
-        scores: the same; for "winner", "strength" and "label" one path to a single value.
-        reads: what ``scores`` holds. "scores": explicit rewards. "rank": 1 for the best, which becomes -1, -2, ... "winner":
-            which response is better, counted from ``first``. "strength": by how much the second is better than the first.
+        scores: likewise; for "winner", "strength" and "label" one path to a single value.
+        reads: the kind of values in ``scores``. "scores": explicit rewards. "rank": 1 for the best, which becomes -1, -2, ...
+            "winner": which response is better, counted from ``first``. "strength": by how much the second is better than the first.
             "label": whether the one response is desirable (KTO). "order": no scores, the first response is the best.
-        prompt: where the prompt stands; empty for any of ``PROMPTS``, or the messages before the response.
+        prompt: the places of the prompt; if empty, any of ``PROMPTS``, or the messages before the response.
         chat: the texts are turns of a conversation, which go through the chat template.
         transcript: texts hold whole conversations ("Human: ... Assistant: ...").
         single: a row has one response; rows that follow one another with the same prompt become one.
@@ -56,11 +56,11 @@ class Layout(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What its scores measure: rows of one source must agree. "preference": which response is better, not by how much."""
+        """The kind of its scores, one for all rows of a source. "preference": which response is better, not by how much."""
         return {"winner": "preference", "order": "preference"}.get(self.reads, self.reads)
 
     def columns(self, mark: str = "") -> str:
-        """The columns that the layout is known by, each between two ``mark``."""
+        """The columns that identify the layout, each between two ``mark``."""
         marked = [f"{mark}{' + '.join(as_paths(each))}{mark}" for each in self.prompt[:1]]
         marked += [f"{mark}{path}{mark}" for path in as_paths(self.responses)]
         scores = ", ".join(f"{mark}{path}{mark}" for path in as_paths(self.scores))
@@ -297,9 +297,10 @@ WANTED = (
 
 
 def fitting(row: Row) -> list[tuple[Layout, int]]:
-    """The layouts that the row fits, each with the number of scores that it finds, the one with the most scores first."""
+    """The layouts that the row fits, each with the number of scores found; the one with the most scores is first."""
     fits = [(layout, count) for layout in LAYOUTS if (count := _count(layout, row)) is not None]
-    # Of equal scores, the one that is known by more columns, which says more of what they mean; then the table's order.
+    # With equally many scores, the layout identified by more columns is first, as it is more specific; then the table's order
+    # counts.
     return sorted(fits, key=lambda fit: (-fit[1], fit[0].name == "groups" and "scores" not in row, -_specific(fit[0])))
 
 
@@ -308,10 +309,10 @@ def _specific(layout: Layout) -> int:
 
 
 def _count(layout: Layout, row: Row) -> int | None:
-    """How many scores the layout finds in the row; None if the row lacks what the layout is known by."""
+    """How many scores the layout finds in the row; None if the row lacks columns that identify the layout."""
     if layout.prompt and not any(_there(row, as_paths(each)[0]) for each in layout.prompt):
         return None
-    if layout.name == "groups":  # its scores may be missing: without them it can be told by its responses alone
+    if layout.name == "groups":  # its scores may be missing; then its responses alone identify it
         return None if row.get("responses") is None else _numbers(row, "scores")
     responses = as_paths(layout.responses)
     if not all(_there(row, path) for path in responses):
@@ -342,12 +343,12 @@ def _numbers(row: Row, path: Path) -> int:
 
 
 def begun(row: Row) -> Layout | None:
-    """The first layout of which the row has some response column, be it null: for saying what is missing."""
+    """The first layout of which the row has a response column, even a null one; for a message about what is missing."""
     return next((layout for layout in LAYOUTS if any(find(row, path) for path in as_paths(layout.responses))), None)
 
 
 def raw_scores(layout: Layout, row: Row, responses: Found) -> Found | None:
-    """A number, or null, for each response, under the name of the column that it came from; None where there is no column."""
+    """A number, or null, for each response, under the name of its column; None if there is no column."""
     if layout.reads == "order":
         return dict(zip(responses, [1.0, *[0.0] * (len(responses) - 1)], strict=True))
     if layout.scores is None:
@@ -391,7 +392,7 @@ def _winner(name: str, value: Any, first: int, count: int) -> int | None:
 
 
 def typed(row: Row) -> dict[str, object]:
-    """A row of a table of texts (CSV): numbers where scores are wanted, and lists and messages where they are written out."""
+    """A row of a table of texts (CSV), with scores as numbers, and with lists and messages parsed."""
     return {name: _typed(name, cell) if isinstance(cell, str) else cell for name, cell in row.items()}
 
 
@@ -403,7 +404,7 @@ def _typed(name: str, cell: str) -> object:
             pass
     if cell[:1] not in ("[", "{"):
         return cell
-    for read in (json.loads, ast.literal_eval):  # pandas writes lists as Python does
+    for read in (json.loads, ast.literal_eval):  # pandas writes lists in Python's syntax
         try:
             value = read(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -419,7 +420,7 @@ _LISTS = {path.split(".")[0] for each in LAYOUTS for path in (each.responses, ea
 
 
 def table() -> str:
-    """The documentation's table of layouts, in Markdown."""
+    """The table of layouts for the documentation, in Markdown."""
     reads = {
         "scores": "as given",
         "rank": "ranks 1, 2, ... become -1, -2, ...",

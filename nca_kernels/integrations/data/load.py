@@ -1,4 +1,4 @@
-"""Reward data from files, the hub or memory, as rows of a prompt, K responses and their scores."""
+"""Loads reward data from files, the hub or memory, as rows of a prompt, K responses and their scores."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 Source: TypeAlias = "str | os.PathLike | Dataset | list[dict]"
 
-# Texts and messages in columns of their own: a Json column would take the text "4" for a number. Json, since messages may
-# have keys of their own.
+# Texts and messages are separate columns: a Json column would read the text "4" as a number. Messages are Json, since their
+# keys may differ.
 _FEATURES = Features(
     {
         "file": Value("string"),
@@ -51,22 +51,22 @@ _FEATURES = Features(
     }
 )
 _RAW = Features({"file": Value("string"), "row": Value("int64"), "json": Value("string"), "problem": Value("string")})
-# Columns of the result that are there only where some row has them.
+# Columns that the result has only if some row has them.
 OPTIONAL = ("tools", "finished", "template_kwargs", "desirable")
 
 
 class Groups(NamedTuple):
-    """What :func:`load_groups` read.
+    """The result of :func:`load_groups`.
 
     Attributes:
-        rows: ``prompt``, ``responses`` (K of them, K its own in each row) and ``scores``. Plain text: strings. Chat:
-            ``prompt`` is a list of messages and each response one assistant message. All rows are of one kind. Where some row
-            has them: ``tools``, ``template_kwargs``, ``finished`` (false: the response was cut off, and gets no end token) and
-            ``desirable`` (the labels of KTO data).
+        rows: ``prompt``, ``responses`` (K of them; K may differ from row to row) and ``scores``. Plain text: strings. Chat:
+            ``prompt`` is a list of messages and each response one assistant message. All rows are of one kind. Further columns, if
+            some row has them: ``tools``, ``template_kwargs``, ``finished`` (false: the response was cut off, and gets no end token)
+            and ``desirable`` (the labels of KTO data).
         preference: the rows say which response is better, not by how much: their scores are 1 and 0.
-        skipped: the rows left out (counted from 1; after the file's name, where there are several) and what is wrong with each.
-        dropped: the responses left out of rows that stay, by row like ``skipped``.
-        layout: the layout or layouts that were found, with the columns that they are known by.
+        skipped: the rows left out (counted from 1; with the file's name, if there are several files) and what is wrong with each.
+        dropped: the responses left out of rows that are kept, by row as in ``skipped``.
+        layout: the layout or layouts that were found, with the columns that identify them.
         origins: ``file`` and ``row`` of each row.
     """
 
@@ -87,25 +87,26 @@ def load_groups(
     skip_bad_rows: bool = False,
     scores_required: bool = True,
 ) -> Groups:
-    r"""Reward or preference data in any of its layouts, checked row by row.
+    r"""Load reward or preference data in any of its layouts, and check it row by row.
 
     Args:
         source: a file (JSON Lines, a JSON array, CSV or Parquet, also compressed), a folder of such files, a name on the hub, a
-            ``datasets.Dataset``, or a list of rows. ``docs/data.md`` has the layouts; they are found by their columns, one in a
-            file, the one with the most scores where several fit. Prompts and responses are texts, or chat messages; a response
+            ``datasets.Dataset``, or a list of rows. ``docs/data.md`` has the layouts. A layout is found by its columns. A file has
+            one; if several fit, it is the one with the most scores. Prompts and responses are texts, or chat messages; a response
             given as messages may hold the whole conversation.
         split: of a hub name or a folder.
         config_name: of a hub name that has several configurations.
-        columns: the source's own names for ours, ``{"prompt": "question", "responses": "completions.text"}``; dots reach inside.
-        skip_bad_rows: leave bad rows and bad responses out, and say which, in place of raising. An empty response, or one
-            without a score among others that have one, is left out either way.
-        scores_required: false takes responses without scores, too; the row's ``scores`` are then null.
+        columns: our names with the source's, ``{"prompt": "question", "responses": "completions.text"}``; a dot goes inside a
+            column.
+        skip_bad_rows: leave out bad rows and bad responses, with a warning, and do not raise. An empty response, or one without a
+            score among others that have one, is left out in any case.
+        scores_required: if false, responses may have no scores; the row's ``scores`` are then null.
 
     Returns:
         See :class:`Groups`.
 
     Raises:
-        ValueError: a row that cannot be used, by file, row (counted from 1) and column; a source without usable rows.
+        ValueError: a row that cannot be used, with file, row (counted from 1) and column; a source without usable rows.
         FileNotFoundError: no such file.
         TypeError: a source, or ``columns``, of another type.
 
@@ -118,9 +119,9 @@ def load_groups(
     name, raw = _open(source, split, config_name)
     options = {"scores_required": scores_required, "skip": skip_bad_rows, "columns": columns}
     rows = _converted(raw, options)
-    # Scores of two layouts are hardly of one unit; without scores there is nothing to mix.
+    # Scores of two layouts rarely have the same unit. Without scores there is no unit to mix.
     forced = _one_layout_a_file(rows) if scores_required else None
-    # Where texts have a system message or tools, all rows are chats.
+    # If some texts have a system message or tools, all rows become chats.
     chat = any(rows["promoted"]) and "text" in set(rows["kind"])
     if forced or chat:
         rows = _converted(raw, {**options, "forced": forced, "chat": chat})
@@ -129,10 +130,10 @@ def load_groups(
 
 
 def source_rows(source: Source, *, split: str = "train", config_name: str | None = None) -> list[dict]:
-    """The rows of what :func:`load_groups` takes as they stand, with all their columns; empty lines are no rows.
+    """The unchanged rows of a source of :func:`load_groups`, with all their columns; empty lines are skipped.
 
     Raises:
-        ValueError: a record that is no row, by file and row.
+        ValueError: a record that is not a row, with file and row.
     """
     name, raw = _open(source, split, config_name)
     if raw.features != _RAW:
@@ -157,9 +158,9 @@ def _checked_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None
 
 
 def _open(source: Source, split: str, config_name: str | None) -> tuple[str, Dataset]:
-    """What errors call the source, and its rows as they stand."""
+    """The name of the source in errors, and its unchanged rows."""
     if isinstance(source, Dataset):
-        return "dataset", source.with_format(None)  # as Python's lists, whatever it is formatted for
+        return "dataset", source.with_format(None)  # as Python lists, for a data set of any format
     if isinstance(source, list):
         return "rows", _of_list(source)
     if not isinstance(source, (str, os.PathLike)):
@@ -192,7 +193,7 @@ def _of_disk(path: Path, split: str) -> Dataset:
 
 
 def _of_list(rows: list[dict]) -> Dataset:
-    """As JSON texts: a table would give every object the keys of all."""
+    """The rows as JSON texts: a table would give every object the keys of all objects."""
     for i, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise ValueError(f"row {i}: got {type(row).__name__}, wanted a mapping of columns")
@@ -204,7 +205,7 @@ def _of_list(rows: list[dict]) -> Dataset:
 def _of_files(paths: list[Path], names: list[str]) -> Dataset:
     if all(path.stat().st_size == 0 for path in paths):
         raise ValueError(f"{names[0]}: empty file")
-    # The digests are for the cache of datasets, which knows a generator by its arguments.
+    # The digests are for the cache of datasets, which identifies a generator by its arguments.
     files = [(str(path), name, digest(path)) for path, name in zip(paths, names, strict=True)]
     try:
         return Dataset.from_generator(_raw_rows, features=_RAW, gen_kwargs={"files": files, "version": __version__})
@@ -218,12 +219,12 @@ def _raw_rows(files: list[tuple[str, str, str]], version: str) -> Iterator[dict]
         for row, text, problem in records(Path(path)):
             found = True
             yield {"file": name, "row": row, "json": text, "problem": problem}
-    if not found:  # datasets cannot make a table of no rows
+    if not found:  # datasets cannot make a table without rows
         yield {"file": files[0][1], "row": 1, "json": None, "problem": None}
 
 
 def _converted(raw: Dataset, options: dict[str, Any]) -> Dataset:
-    # A pure function of the row, so that datasets' cache serves later runs and the other processes of this one.
+    # A pure function of the row, so that later runs and the other processes of this run can use datasets' cache.
     return raw.map(
         _converted_row,
         with_indices=True,
@@ -246,7 +247,7 @@ def _converted_row(
     forced: dict[str, str] | None = None,
     chat: bool = False,
 ) -> dict:
-    """The row in the one layout; in place of it what is wrong; neither, for an empty line."""
+    """The row in the common form, or what is wrong with it; neither for an empty line."""
     origin: dict[str, Any] = {**dict.fromkeys(_FEATURES), "row": index + 1}
     try:
         if features is None:
@@ -279,7 +280,7 @@ def _parsed(line: str) -> dict:
 
 
 def _one_layout_a_file(rows: Dataset) -> dict[str, str] | None:
-    """Where rows of one file fit different layouts best: for each file the one that keeps the most scores, then the most rows."""
+    """If rows of a file fit different layouts best: for each file the layout that keeps the most scores, then the most rows."""
     found: dict[str, Counter] = defaultdict(Counter)
     rows_of: dict[str, Counter] = defaultdict(Counter)
     for batch in rows.select_columns(["file", "layout", "score_count"]).iter(batch_size=10_000):
@@ -324,10 +325,10 @@ def _groups(name: str, rows: Dataset, skip_bad_rows: bool, *, one_unit: bool) ->
 
 
 def report(name: str, origins: Dataset, problems: Mapping[int, str], skip_bad_rows: bool) -> None:
-    """Raises for the first bad row, by file and row; with ``skip_bad_rows`` warns of how many are left out.
+    """Raise for the first bad row, with file and row; with ``skip_bad_rows``, warn with the number of rows left out.
 
     Args:
-        name: what the source is called.
+        name: the name of the source.
         origins: ``file`` and ``row`` of each row.
         problems: what is wrong, by index.
     """
@@ -355,7 +356,7 @@ def _described(layouts: list[Layout], rows: Dataset) -> str:
 
 
 def _refuse_mixtures(rows: Dataset, problems: dict[int, str], one_unit: bool) -> None:
-    """Adds to the problems: texts among chats, and scores of one kind among scores of another."""
+    """Add to the problems: texts among chats, and scores of one kind among scores of another."""
     kinds, layouts = rows["kind"], rows["layout"]
     kind = next((kind for i, kind in enumerate(kinds) if kind is not None and i not in problems), None)
     units = Counter(_layout(each).unit for i, each in enumerate(layouts) if each is not None and i not in problems)
@@ -370,7 +371,7 @@ def _refuse_mixtures(rows: Dataset, problems: dict[int, str], one_unit: bool) ->
 
 
 def _joined(rows: Dataset) -> Dataset:
-    """Rows of one response to the same prompt that follow one another, as one row."""
+    """Join consecutive rows of one response each to the same prompt into one row."""
     starts, last = [], object()
     for i, prompt in enumerate(rows["chat_prompt"] if rows[0]["kind"] == "chat" else rows["text_prompt"]):
         if prompt != last:

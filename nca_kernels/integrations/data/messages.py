@@ -1,4 +1,4 @@
-"""Texts, chat messages and transcripts of every dialect, as messages of ``role`` and ``content``."""
+"""Converts texts, chat messages and transcripts of several formats to messages of ``role`` and ``content``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 Message = dict[str, object]
 
-# What other formats call the roles (ShareGPT, Vicuna, LLaMA-Factory, HH-RLHF).
+# Names of the roles in other formats (ShareGPT, Vicuna, LLaMA-Factory, HH-RLHF).
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -26,7 +26,7 @@ _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant|System): ?|\n?<extra_id_[01]>
 
 
 class BadRow(Exception):
-    """A row that cannot be used: the column at fault and what is wrong with it."""
+    """A row that cannot be used: the column and what is wrong with it."""
 
     def __init__(self, column: str | None, problem: str):
         super().__init__(problem if column is None else f"column {column}: {problem}")
@@ -34,11 +34,11 @@ class BadRow(Exception):
 
 
 class Empty(BadRow):
-    """Nothing stands where a response or its score should."""
+    """A response or its score is missing."""
 
 
 def as_text(column: str, value: object) -> str:
-    """``value``, if it is a text that a tokenizer can read and that is not blank."""
+    """``value``, checked to be a text that is not blank and that a tokenizer can read."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise Empty(column, "missing text" if value is None else "empty text")
     if not isinstance(value, str):
@@ -53,7 +53,7 @@ def is_chat(value: object) -> bool:
 
 
 def as_messages(column: str, role: str, value: object) -> list[Message]:
-    """A text as a message of ``role``, one message, or a list of messages, as a list whose last message says something."""
+    """The list of messages in a text (of ``role``), a message or a list of messages; the last message must not be empty."""
     if isinstance(value, str):
         value = {"role": role, "content": value}
     if value is None or value == []:
@@ -68,8 +68,8 @@ def as_messages(column: str, role: str, value: object) -> list[Message]:
 
 
 def _message(column: str, role: str | None, item: dict) -> Message:
-    """A message of any dialect with ``role`` and ``content``; its other keys stay."""
-    # Tables give every message the keys of all, null where a message has none.
+    """A message of any format with ``role`` and ``content``; its other keys are kept."""
+    # Tables give every message the keys of all messages, with null for a key that it did not have.
     made = {key: value for key, value in item.items() if value is not None and key != "loss_weight"}
     for ours, theirs in (("role", ("from",)), ("content", ("value", "text"))):
         for name in theirs:
@@ -88,7 +88,7 @@ def _message(column: str, role: str | None, item: dict) -> Message:
 
 
 def _as_tool_calls(message: Message) -> Message:
-    """LLaMA-Factory writes calls as a JSON text of one or several objects of name and arguments."""
+    """Tool calls from LLaMA-Factory's form: a JSON text of one or several objects of name and arguments."""
     try:
         calls = json.loads(str(message["content"]))
     except (KeyError, ValueError):
@@ -139,7 +139,7 @@ def from_transcript(text: object) -> list[Message] | None:
 
 
 def _key(message: Message) -> tuple[object, str]:
-    """What makes two messages the same message: role and words. White space and further keys do not count."""
+    """The key by which two messages count as the same: role, words and tool calls. White space and other keys do not count."""
     return message["role"], " ".join(str(message.get("content", "")).split()) + json.dumps(
         message.get("tool_calls", []), default=str
     )
@@ -150,10 +150,10 @@ def same_messages(some: list[Message], others: list[Message]) -> bool:
 
 
 def merged(prompt: list[Message], turns: list[Message]) -> list[Message]:
-    """One prompt out of a prompt column and the messages that a response's conversation has before the response.
+    """One prompt from a prompt column and from the messages before the response in a response's conversation.
 
-    Most data sets give the prompt twice: in a column of its own, and again at the head of each conversation, either of them
-    whole or in part. Each message is kept once.
+    Most data sets give the prompt twice: in a column of its own, and at the start of each conversation. Either may be whole or
+    partial. Each message is kept once.
 
     Raises:
         BadRow: two different prompts.
@@ -177,7 +177,7 @@ def merged(prompt: list[Message], turns: list[Message]) -> list[Message]:
             return prompt + turns[n:]
     if turns[0]["role"] == "assistant" and prompt[-1]["role"] != "assistant":
         return prompt + turns
-    # A text prompt may be the whole conversation written out, with marks of its own between the turns.
+    # A text prompt may be the whole conversation written out, with other marks between the turns.
     words = "".join(str(prompt[0].get("content", "")).split())
     if len(prompt) == 1 and all("".join(str(turn.get("content", "")).split()) in words for turn in turns):
         return turns

@@ -9,7 +9,7 @@ from .collator import Batch, GroupCollator
 
 @dataclass
 class MismatchedCollator:
-    """The batch of ``collator``, with one of each row's prompt and its ``mismatched_ids`` under ``"mismatched"``."""
+    """The batch of ``collator``, and under ``"mismatched"`` a batch of each row's prompt with its ``mismatched_ids``."""
 
     collator: GroupCollator
 
@@ -19,7 +19,7 @@ class MismatchedCollator:
 
 
 def mismatched_pair(row: dict) -> dict:
-    """A row of one response, to another prompt."""
+    """A row of the prompt with one response to another prompt."""
     pair = {"prompt_ids": row["prompt_ids"], "response_ids": [row["mismatched_ids"]]}
     if "mismatched_ref_logps" in row:
         pair["ref_logps"] = [row["mismatched_ref_logps"]]

@@ -1,4 +1,4 @@
-"""Nulls that a table has and its rows had not."""
+"""Removes the nulls that a table adds to its rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def as_row(row: Mapping[str, object], features: Mapping[str, object]) -> dict[st
 
 
 def without_nulls(value: object, feature: object) -> object:
-    """``value`` without the keys that are null because another row has them: Arrow gives every object the keys of all.
+    """``value`` without the null keys that Arrow adds: it gives every object the keys of all objects of the column.
 
-    Objects that were stored as JSON keep their own nulls. So do lists, whose items are nobody else's.
+    Objects that were stored as JSON keep their nulls, and so do lists, to which Arrow adds no items.
     """
     if isinstance(feature, Json):
         return value

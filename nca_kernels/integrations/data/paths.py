@@ -1,6 +1,6 @@
-"""Paths into a row: a column, or with dots what lies inside it.
+"""Paths into a row: a column, or with dots a value inside it.
 
-A list on the way stands for all its items, and ``#`` for 0, 1, 2, ...
+A list on the path stands for all its items, and ``#`` for 0, 1, 2, ...
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from .messages import BadRow
 
 Path = str
-Found = dict[str, Any]  # what a path leads to: each value under the name that errors call it by
+Found = dict[str, Any]  # the values at a path, each under the name that errors use
 Row = Mapping[str, Any]
 
-# A source's own names may be mapped to these, which the first layouts of the table read.
+# The names to which a user may map a source's own; the first layouts of the table read them.
 TARGETS = (
     *("prompt", "system", "tools", "responses", "scores", "finished", "chosen", "rejected", "score_chosen", "score_rejected"),
     *("completion", "label", "response", "score"),
@@ -27,7 +27,7 @@ def as_paths(paths: Path | tuple[Path, ...] | None) -> tuple[Path, ...]:
 
 
 def find(row: Row, path: Path) -> Found:
-    """All that a path leads to; nothing where a column is missing. A null is a value."""
+    """All values at a path; none if a column is missing. A null is a value."""
     if "#" in path:
         pattern = re.compile(re.escape(path).replace(r"\#", r"(\d+)"))
         numbers = [(int(match[1]), name) for name in row if (match := pattern.fullmatch(name))]
@@ -46,14 +46,14 @@ def _inside(value: Any, path: Path, name: str) -> Found:
     if isinstance(value, Sequence) and not isinstance(value, str):
         found: Found = {}
         for i, item in enumerate(value):
-            # An item without the key still counts: the responses and their scores go by place.
+            # An item without the key still counts: responses and scores are matched by position.
             found |= _inside(item, path, f"{name}[{i}]") or {f"{name}[{i}].{path}": None}
         return found
     return {}
 
 
 def listed(row: Row, path: Path | tuple[Path, ...]) -> Found:
-    """The values of a path to a list, each under its place; or of several paths, null where one is missing."""
+    """The items of the list at a path, each with its position; or the values at several paths, null for a missing one."""
     if isinstance(path, tuple):
         return {name: value for each in path for name, value in (find(row, each) or {each: None}).items()}
     found = find(row, path)
@@ -68,7 +68,7 @@ def listed(row: Row, path: Path | tuple[Path, ...]) -> Found:
 
 
 def mapped(row: Row, columns: Mapping[str, Path] | None) -> Row:
-    """The row under the names that ``columns`` gives. Where it names responses or scores, columns of other names do not count."""
+    """The row under the names that ``columns`` gives. If it names responses or scores, columns of other names are dropped."""
     if not columns:
         return row
     renamed: dict[str, object] = {}
@@ -85,7 +85,7 @@ def mapped(row: Row, columns: Mapping[str, Path] | None) -> Row:
 
 
 def _whole(found: Found, path: Path, row: Row) -> object:
-    """A dotted path through a list gives a list, through objects alone the one value."""
+    """The values at a dotted path: a list if the path goes through a list, otherwise the one value."""
     value: object = row
     for key in path.split("."):
         if not isinstance(value, Mapping):

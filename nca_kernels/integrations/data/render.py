@@ -1,4 +1,4 @@
-"""Chat messages through a tokenizer's chat template, and a check that the template writes all that they say."""
+"""Applies a tokenizer's chat template to messages, and checks that the template writes all of their words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .messages import BadRow, Message
 
 
 class Rendered(NamedTuple):
-    """The texts of a row: of its prompt, and of the prompt with each response; ``ended``: what ends a response stands there."""
+    """The texts of a row: its prompt, and the prompt with each response; ``ended``: they contain the end of the response."""
 
     prompt: str
     whole: list[str]
@@ -19,10 +19,10 @@ class Rendered(NamedTuple):
 
 
 def rendered_chat(row: dict, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> Rendered:
-    """A row of messages as the template writes it.
+    """The texts that the template writes for a row of messages.
 
     Raises:
-        BadRow: a template that refuses the messages, or that leaves out some of their words, of the system message, or the tools.
+        BadRow: the template refuses the messages, or leaves out some of their words, of the system message, or the tools.
     """
     prompt: list[Any] = row["prompt"]
     responses, tools = row["responses"], row.get("tools") or None
@@ -40,7 +40,7 @@ def rendered_chat(row: dict, tokenizer: PreTrainedTokenizerBase, kwargs: dict[st
 
     alone = write(prompt, "prompt", generate=True)
     before = write(prompt, "prompt")
-    # Two contents tell whether the template writes more after them, and what: it may write them otherwise than they are.
+    # Two contents show what the template writes after a response; it may change the contents themselves.
     zero, one = (write([*prompt, {"role": "assistant", "content": content}], "prompt") for content in "01")
     end = _common_suffix(zero, one)
     if tools and write(prompt, "tools", generate=True, tools=None) == alone:

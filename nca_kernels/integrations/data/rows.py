@@ -1,4 +1,4 @@
-"""The rows that a run trains on: tokenized, checked, K responses of each prompt, and for KTO a response to another prompt."""
+"""Prepares the rows that a run trains on: tokenizes and checks them, chooses K responses, and for KTO adds a mismatched one."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def prepare_rows(
     r"""Rows as :class:`~nca_kernels.integrations.training.trainer.NCATrainer` takes them, to rows of ``COLUMNS``.
 
     Args:
-        name: what errors call them.
+        name: the name of the rows in errors.
         rows: in any layout of :func:`~nca_kernels.integrations.data.load.load_groups`, or tokenized already (``prompt_ids``,
             ``response_ids`` and ``scores``, as of ``tokenize_groups``); then also with ``ref_logps``, one for each response.
         tokenizer: for rows that are not tokenized.
         options: see :class:`RowOptions`.
-        vocabulary: the number of the model's embeddings, which every id must be below; None: not checked.
-        training: rows of which none can teach anything are refused. False: they are to evaluate on.
+        vocabulary: the number of the model's embeddings; every id must be below it. None: not checked.
+        training: refuse rows if none of them gives a gradient. False: the rows are for evaluation.
 
     Raises:
-        TypeError, ValueError: no such rows, by ``name``, row (counted from 1) and column.
+        TypeError, ValueError: rows of another form, with ``name``, row (counted from 1) and column.
     """
     if not isinstance(rows, (Dataset, list)):
         raise TypeError(f"{name}: got {type(rows).__name__}, wanted a datasets.Dataset or a list of rows")
@@ -89,7 +89,7 @@ def prepare_rows(
 
 
 def _table(name: str, rows: list[dict]) -> Dataset:
-    """The columns that are used, in any of the rows; what else these hold may be of many kinds."""
+    """A table of the columns that are used and that some row has; other columns may hold values of several kinds."""
     tables = []
     for column in dict.fromkeys(column for row in rows for column in row if column in COLUMNS):
         try:
@@ -140,7 +140,7 @@ def tokenized_with_counts(groups: Groups, tokenizer: PreTrainedTokenizerBase, op
 
 
 def _check(name: str, rows: Dataset) -> None:
-    """What the collator and the losses rely on; in Arrow, since Python would take minutes for a large data set."""
+    """Check what the collator and the losses rely on. In Arrow, because Python would take minutes for a large data set."""
     missing = [column for column in COLUMNS[:3] if column not in rows.column_names]
     if missing:
         raise ValueError(f"{name}: got the columns {', '.join(rows.column_names)}, wanted {', '.join(missing)} as well")
@@ -194,7 +194,7 @@ def _chosen(row: dict, index: int, K: int, seed: int) -> dict:
 
 
 def _refuse_without_preference(name: str, rows: Dataset) -> None:
-    """Rows without two different scores give no gradient: a warning that counts them, or ValueError if they are all so."""
+    """Rows without two different scores give no gradient: warn with their number, or raise ValueError if no other rows exist."""
     without = sum(len(set(scores)) < 2 for scores in rows["scores"])
     if without == len(rows):
         raise ValueError(
@@ -206,7 +206,7 @@ def _refuse_without_preference(name: str, rows: Dataset) -> None:
 
 
 def _with_desirable(name: str, rows: Dataset, threshold: float | None) -> Dataset:
-    """With ``desirable`` by the scores: those from ``threshold`` on, or without one the positive among positive and negative."""
+    """Add ``desirable`` by the scores: at least ``threshold``, or without one, positive rather than negative scores."""
     flat = np.concatenate([columns["scores"].flatten().to_numpy() for columns in arrow_batches(rows.select_columns("scores"))])
     if threshold is None:
         if not (flat > 0).any() or not (flat < 0).any():
@@ -222,16 +222,16 @@ def _with_desirable(name: str, rows: Dataset, threshold: float | None) -> Datase
 
 
 def _with_mismatched(name: str, rows: Dataset) -> Dataset:
-    """With ``mismatched_ids``: a response of the row before, each of its responses in turn.
+    """Add ``mismatched_ids``: a response of the row before, a different one of its responses from row to row.
 
-    Fixed for the run, and not the batch's neighbour: so its reference log-prob can be computed once like the others.
+    It is fixed for the run and does not depend on the batch, so that its reference log-prob can be computed once.
     """
     n = len(rows)
     if n < 2:
         raise ValueError(f"{name}: got 1 row, wanted at least 2: kto's baseline takes responses to other prompts")
     before = rows.select_columns("response_ids").select([n - 1, *range(n - 1)])
     pairs = concatenate_datasets([before, rows.select_columns("prompt_ids")], axis=1)
-    # A prompt with another's response is longer than either row; what the model takes is as long as the longest of all.
+    # A prompt with a response to another may be longer than both rows. It is cut to the longest sequence of all rows.
     limit = {"limit": int(longest_sequences(rows).max())}
     mismatched = pairs.map(_mismatched, with_indices=True, fn_kwargs=limit, remove_columns=pairs.column_names, desc="Mismatching")
     return concatenate_datasets([rows, mismatched], axis=1)
@@ -243,7 +243,7 @@ def _mismatched(row: dict, index: int, limit: int) -> dict:
 
 
 def missing_ref_logps(rows: Dataset) -> Dataset | None:
-    """Of each row the prompt with those responses that have no reference log-prob, the mismatched one last; None if all have."""
+    """For each row, the prompt with the responses without a reference log-prob, the mismatched one last; None if all have one."""
     mismatched = "mismatched_ids" in rows.column_names and "mismatched_ref_logps" not in rows.column_names
     if not mismatched:
         return None if "ref_logps" in rows.column_names else rows.select_columns(["prompt_ids", "response_ids"])
@@ -256,7 +256,7 @@ def _without_ref_logps(row: dict) -> dict:
 
 
 def with_ref_logps(rows: Dataset, ref_logps: list[list[float]]) -> Dataset:
-    """The rows with what :func:`missing_ref_logps` found missing."""
+    """The rows with the log-probs that :func:`missing_ref_logps` found missing."""
     if "mismatched_ids" in rows.column_names and "mismatched_ref_logps" not in rows.column_names:
         rows = rows.add_column("mismatched_ref_logps", [values[-1] for values in ref_logps])
         ref_logps = [values[:-1] for values in ref_logps]

@@ -1,7 +1,7 @@
-"""A prompt computed once for all its responses, which lie side by side in one row (``GroupCollator``, "share_prompt").
+"""Computes a prompt once for all its responses, which lie side by side in one row (``GroupCollator``, "share_prompt").
 
-Row: the prompt without its last token, then for each response that token and the response. Position ids run on from the
-prompt in each response, and the attention mask is a tree: a token sees the prompt and, of its own response, what is before it.
+A row holds the prompt without its last token, then for each response that token and the response. In each response the position ids
+continue from the prompt. The attention mask is a tree: a token sees the prompt and the earlier tokens of its own response.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _tree_masks(core: PreTrainedModel, branches: Tensor, positions: Tensor) -> M
 
 
 def _windows(config: object) -> dict[str, int | None]:
-    """The sliding window of each type of layer. transformers returns a mask that is given as it is, without a window."""
+    """The sliding window of each type of layer. transformers passes a given mask on unchanged, so the window must be in it."""
     sliding = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if sliding else ["full_attention"]))
     return {kind: sliding if kind == "sliding_attention" else None for kind in kinds}
@@ -59,7 +59,7 @@ def tree_mask(
     implementation: str,
     dtype: torch.dtype,
 ) -> Mask:
-    """The mask as that attention takes it: a ``BlockMask``, else ``[B, 1, T, T]``, additive for "eager", bool for "sdpa"."""
+    """The mask in the form of that attention: a ``BlockMask``, or ``[B, 1, T, T]``, additive for "eager", bool for "sdpa"."""
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & ((branches[b, k] == 0) | (branches[b, k] == branches[b, q]))
@@ -99,7 +99,7 @@ def refuse_unless_tree(model: nn.Module) -> None:
 
 
 def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, backend: str | None = None) -> None:
-    r"""Compares the layout's log-probs on this very model with those of separate rows; for the start of a run.
+    r"""Compare the layout's log-probs on this model with those of separate rows, at the start of a run.
 
     Args:
         model: on its device, in any wrapping that ``model_logps`` takes.
@@ -107,7 +107,7 @@ def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, ba
         collator: the layout to check.
 
     Raises:
-        ValueError: a model known not to be able, or log-probs that differ, with both numbers.
+        ValueError: a model that is known not to support the layout, or log-probs that differ, with both numbers.
     """
     if collator.layout == "share_prompt":
         refuse_unless_tree(model)
@@ -121,7 +121,7 @@ def check_layout(model: nn.Module, rows: list[dict], collator: GroupCollator, ba
             laid_out = _labelled_logps(model, collator([row]), backend)
         except Exception as error:
             raise ValueError(f"{collator.layout}: {name} fails in this layout, not in separate rows: {error!r}") from error
-    # What the model's own rounding makes of another shape of batch says how close is close; more than 0.02 is no rounding.
+    # The tolerance is the model's own rounding in a batch of another shape. A difference above 0.02 is not rounding.
     noise = (first - own[: len(first)]).abs().mean().clamp(max=0.02)
     # Rounding differences of tree and separate rows: 7e-7 (float32) and 0.003 (bfloat16) of a mean log-prob of -8, 24 layers.
     eps = max(2e-6, torch.finfo(causal_lm(model).dtype).eps / 4)

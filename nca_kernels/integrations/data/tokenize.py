@@ -38,9 +38,9 @@ class TokenizedGroups(NamedTuple):
         rows: ``prompt_ids``, ``response_ids`` (K lists) and ``scores``.
         prompts_cut, responses_cut: how many were shortened to fit ``max_length``.
         tokens_cut: how many tokens that took.
-        prompts_merged: prompts whose last tokens are others once a response follows, and count as the response's.
-        responses_equal: responses whose tokens are those of another response to the same prompt, before truncation or after.
-        skipped: the rows left out, by index (from 0), and what is wrong with each.
+        prompts_merged: prompts whose last tokens change when a response follows; these tokens count as part of the response.
+        responses_equal: responses with the same tokens as another response to the same prompt, before or after truncation.
+        skipped: the rows left out, by index (from 0), with what is wrong.
     """
 
     rows: Dataset
@@ -61,24 +61,24 @@ def tokenize_groups(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     skip_bad_rows: bool = False,
 ) -> TokenizedGroups:
-    r"""Token ids of each prompt and of each of its responses, every finished response ending its sequence.
+    r"""Token ids of each prompt and of each of its responses; every finished response ends with an end token.
 
-    Messages go through the tokenizer's chat template, plain text does not. A response is what follows the prompt in the
-    tokens of both together, without the white space after a template's end of turn, which no model is asked to write. The
+    Messages go through the tokenizer's chat template, plain text does not. The tokens of a response are those after the prompt,
+    when both are tokenized together. White space after a template's end of turn is left out, since no model has to write it. The
     end-of-sequence token is added where the template does not end the turn itself. A response that is not ``finished`` gets
     neither the template's end of turn nor that token.
 
     Args:
-        groups: of :func:`load_groups`, or their ``rows``; only the former know the files that errors name.
+        groups: the result of :func:`load_groups`, or its ``rows``; with the former, errors name the file.
         max_length: the most tokens of a prompt with a response; ``None`` for no limit.
-        max_prompt_length: what the prompt keeps at least when both do not fit; ``None`` for half of ``max_length``. It loses
-            its first tokens, the beginning-of-sequence token not among them; if that does not suffice, each response loses
-            its last ones, but its end token.
+        max_prompt_length: the number of tokens that the prompt keeps at least if both do not fit; ``None`` for half of
+            ``max_length``. The prompt loses its first tokens, except the beginning-of-sequence token. If that does not suffice,
+            each response loses its last tokens, except its end token.
         chat_template_kwargs: further variables of the chat template (``{"enable_thinking": False}``); a row's own come first.
-        skip_bad_rows: leave out rows that cannot be tokenized, and say which, in place of raising.
+        skip_bad_rows: leave out rows that cannot be tokenized, with a warning, and do not raise.
 
     Returns:
-        The rows, with counts of what was cut; they are logged, too.
+        The rows, with counts of what was cut, which are also logged.
 
     Raises:
         ValueError: limits that leave no room for a prompt or a response; a tokenizer without what the data needs; a row that
@@ -135,7 +135,7 @@ def _limits(max_length: int | None, max_prompt_length: int | None) -> tuple[int,
 
 
 def _clock(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the chat template reads from the clock, written out: a cache must not keep the first day's date."""
+    """The date that the chat template reads from the clock, as text: part of the cache's key, so that no old date is kept."""
     formats = re.findall(r"strftime_now\s*\(\s*(\"[^\"]*\"|'[^']*')\s*\)", str(tokenizer.chat_template))
     if not formats:
         return None
@@ -208,7 +208,7 @@ def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, limits: tuple[int,
 
 
 def _refuse_equal(responses: list, ids: list[list[int]]) -> None:
-    """BadRow for two responses whose words differ and whose tokens do not: some of their words are lost."""
+    """BadRow for two responses with different words and the same tokens: some of their words are lost."""
     seen: dict[tuple[int, ...], tuple[int, str]] = {}
     for i, (response, tokens) in enumerate(zip(responses, ids, strict=True)):
         words = "".join(str(response).split())
@@ -218,14 +218,14 @@ def _refuse_equal(responses: list, ids: list[list[int]]) -> None:
 
 
 def _encoded(rendered: Rendered, finished: list[bool], tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> list[list[int]]:
-    """The ids of the prompt alone, then those of the prompt with each response, which end unless a response is unfinished."""
+    """The ids of the prompt alone, then of the prompt with each response; an end token follows finished responses."""
     eos = tokenizer.eos_token_id
     try:
         # A template writes the special tokens itself.
         encoded = tokenizer([rendered.prompt, *rendered.whole], add_special_tokens=plain)["input_ids"]
-    except Exception as error:  # a tokenizer may be anybody's code
+    except Exception as error:  # a tokenizer may be custom code
         raise BadRow(None, f"the tokenizer fails on it: {error}") from error
-    # Some tokenizers end every text with one.
+    # Some tokenizers end every text with an end token.
     encoded = [ids[:-1] if plain and ids[-1:] == [eos] else ids for ids in encoded]
     ends = [end and not rendered.ended for end in finished]
     return [encoded[0], *([*ids, eos] if end else ids for ids, end in zip(encoded[1:], ends, strict=True))]
@@ -244,9 +244,9 @@ def truncate(
     bos_token_id: int | None,
     finished: list[bool] | None = None,
 ) -> tuple[list[int], list[list[int]]]:
-    """The prompt, one for all responses, cut at its start; then what is still too long, before its last token.
+    """The prompt, shared by all responses, cut at its start; then responses that are still too long, cut before the end token.
 
-    A response that is not ``finished`` has no end token to keep, and loses its last tokens.
+    A response that is not ``finished`` has no end token, and loses its last tokens.
     """
     room = max(max_prompt_length, max_length - max(map(len, responses)))
     if len(prompt) > room:

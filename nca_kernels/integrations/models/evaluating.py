@@ -1,4 +1,4 @@
-"""A model without dropout and gradients for the time of a block."""
+"""Runs a model without dropout and gradients within a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` without dropout and gradients; afterwards every module is in its former mode again."""
+    """Run ``model`` without dropout and gradients; afterwards every module has its former mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The one linear layer that computes a model's logits, found by running it, and something else run in its place."""
+"""Finds the one linear layer that computes a model's logits by running the model, and runs a function in its place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Compute = Callable[[nn.Linear, Tensor], Tensor]
 
 
 class HeadLayer:
-    """The head of ``core``: while ``replaced()`` is open, calling it runs ``compute(linear, hidden)``, and only once.
+    """The head of ``core``. Within ``replaced()``, calling the head runs ``compute(linear, hidden)``, once a forward.
 
-    A head may be wrapped (PEFT's copies and adapters, FSDP), so every linear layer inside it is replaced: the one that
-    runs is the head. More than one in a forward (LoRA on the head, several heads) means that it is not one linear map.
+    A head may be wrapped (PEFT's copies and adapters, FSDP). So every linear layer inside it is replaced, and the one that runs is
+    the head. If more than one runs in a forward (LoRA on the head, several heads), the head is not one linear map.
     """
 
     def __init__(self, core: nn.Module) -> None:
@@ -42,12 +42,12 @@ class HeadLayer:
             yield
 
     def begin(self, compute: Compute) -> None:
-        """What the next forward of the model computes in place of the head's output."""
+        """Set the function that the next forward of the model runs in place of the head."""
         self._compute = compute
         self._ran: list[str] = []
 
     def end(self) -> None:
-        """Raises unless the forward since ``begin`` went through the head."""
+        """Raise ``ValueError`` unless the forward since ``begin`` called the head."""
         if not self._ran:
             raise ValueError(
                 f"model: {self.kind} was not called as wanted: none of its linear layers {list(self.linears)} ran in the "
@@ -62,7 +62,7 @@ class HeadLayer:
                     f"model: {self.kind} is not one linear map, {self._ran} of its layers ran in one forward. If that is "
                     "LoRA on the head, leave it out of target_modules, merge the adapter, or use token_logps on the logits"
                 )
-            # Seen here, inside the module's hooks: outside them FSDP2's weight is a DTensor, and plain within.
+            # Checked here, inside the module's hooks: under FSDP2 the weight is a DTensor outside of them and plain within.
             if type(linear.weight) not in (Tensor, nn.Parameter):
                 raise ValueError(
                     f"model: {self.kind} has a weight of type {type(linear.weight).__name__} in its forward, wanted a plain "
@@ -78,7 +78,7 @@ def _not_begun(linear: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # Quantised and tensor-parallel layers are nn.Linear too, with a forward of their own.
+    # Quantised and tensor-parallel layers are nn.Linear, too, but have another forward.
     return (
         isinstance(module, nn.Linear) and getattr(getattr(module, forward_attribute(module)), "__func__", None) is nn.Linear.forward
     )

@@ -1,10 +1,10 @@
 """Log-probs without logits for any Hugging Face causal LM.
 
-The model's own forward runs and calls its head as always. So what happens around the head happens (FSDP's unshard, ZeRO-3's
-gather, accelerate's device moves), and what the model does to its hidden states before it, too. Only the forward of the
-head's linear layer is replaced (``head_layer``), by :func:`nca_kernels.linear_token_logps` of what it was given. What the
-model does after the head is found, and compared with its own logits, at first use (``post_head``); every call checks that it
-is still the same.
+The model's own forward runs and calls its head. So everything around the head takes place as usual: FSDP's unshard, ZeRO-3's
+gather, accelerate's moves between devices, and what the model does to its hidden states before the head. Only the forward of the
+head's linear layer is replaced (``head_layer``), by :func:`nca_kernels.linear_token_logps` of its input. The map that the model
+applies after the head is found, and checked against the model's own logits, at first use (``post_head``). Every later call checks
+that it has not changed.
 """
 
 from __future__ import annotations
@@ -50,24 +50,37 @@ def model_logps(
 ) -> Tensor:
     r"""The log-probability of each label under the model, without its ``[N, T, V]`` logits.
 
+    ``logp[n, t] = log softmax(model(...).logits[n, t])[labels[n, t + shift]]``.
+
     Args:
         model: the module that you would call: a transformers causal LM, plain, split over devices by ``device_map``, or
             inside PEFT, ``DistributedDataParallel`` or FSDP2 (``fully_shard``).
-        input_ids, attention_mask: as the model takes them.
-        labels: the input ids, with ``ignore_index`` at the positions that have no label.
+        input_ids, attention_mask: ``[N, T]``, as the model takes them.
+        labels: int64 ``[N, T]``, the input ids, with ``ignore_index`` at the positions that have no label.
         shift: 1, the Hugging Face convention: position ``t`` holds the log-prob of ``labels[:, t + 1]``, the last one 0.
         ignore_index, logits_dtype, save_budget, backend: as in :func:`nca_kernels.linear_token_logps`.
-        inputs: what else the model's forward takes (``position_ids``, ``pixel_values``, ...).
+        inputs: further arguments of the model's forward (``position_ids``, ``pixel_values``, ...).
 
     Returns:
-        float32 ``[N, T]``, 0 at ignored positions; its sum over ``T`` is each response's log-prob. Gradients reach what the
-        model's own logits would reach.
+        Log-probs in nats, float32 ``[N, T]``, 0 at ignored positions; the sum over ``T`` is the log-prob of a response. The
+        parameters that would get a gradient from the model's own logits get the same one.
 
     Raises:
         ValueError: a head that is not one plain linear layer (quantised, several heads, LoRA on it), logits that are not
             its output scaled and softcapped, a scale or softcap that is a trained parameter (the kernels give it no gradient),
-            or log-probs that differ from those of the model's own logits at first use. A scale or softcap that changes
-            between calls is followed, at the price of three forwards more.
+            or log-probs that differ from those of the model's own logits at first use. If a scale or softcap changes between
+            calls, the new one is found with three more forwards.
+
+    Source: ``docs/linear.md``, "Heads of Hugging Face models".
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model, ids = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), torch.tensor([[3, 7, 1]])
+        >>> logits = model(ids).logits
+        >>> logps = model_logps(model, ids, None, ids)
+        >>> torch.allclose(logps[0, :2], logits[0, :2].log_softmax(-1)[[0, 1], ids[0, 1:]], atol=1e-5)
+        True
     """
     options: dict[str, Any] = {
         "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
@@ -91,10 +104,10 @@ def model_token_stats(
 ) -> TokenStats:
     r"""The log-prob, entropy, log-sum-exp and top-1 hit of each label under the model, without its ``[N, T, V]`` logits.
 
-    Arguments and errors are those of :func:`model_logps`, and so is the number of GEMMs.
+    The arguments, the errors and the number of GEMMs are those of :func:`model_logps`.
 
     Returns:
-        ``TokenStats(logps, entropy, lse, top1)`` as :func:`nca_kernels.linear_token_stats` has it, each ``[N, T]``. ``logps``
+        ``TokenStats(logps, entropy, lse, top1)`` as :func:`nca_kernels.linear_token_stats` returns it, each ``[N, T]``. ``logps``
         are those of :func:`model_logps`, with their gradients; the others are detached.
 
     Source: ``docs/math.md``, section 2.
@@ -114,13 +127,13 @@ def _output_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor |
 
 
 class _Found(NamedTuple):
-    """What is known of a model's map from the head's output to ``.logits``."""
+    """A model's map from the head's output to ``.logits``."""
 
     post_head: PostHead
-    with_gradients: bool  # found while gradients were wanted, so that trained parameters would have shown
+    with_gradients: bool  # found with gradients enabled, where trained parameters would have been seen
 
 
-# Read and written outside of compiled regions alone: each entry more would otherwise compile every model anew.
+# Read and written only outside of compiled regions: otherwise each new entry would recompile every model.
 _FOUND: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
@@ -135,9 +148,9 @@ def logps_for_logits(
     save_budget: int = 0,
     backend: str | None = None,
 ) -> Iterator[None]:
-    r"""Inside it, ``model(...).logits`` are the token log-probs ``[N, T]`` of ``labels``: :func:`model_logps` for a trainer.
+    r"""Within it, ``model(...).logits`` are the token log-probs ``[N, T]`` of ``labels``: :func:`model_logps` for a trainer.
 
-    Arguments and errors are those of :func:`model_logps`. ``model`` is the very module that is then called.
+    Arguments and errors are those of :func:`model_logps`. ``model`` must be the module that is then called.
 
     Example::
 
@@ -158,16 +171,16 @@ def _replaced_head(model: nn.Module, labels: Tensor, options: dict[str, Any], wi
     if is_compiled(model):  # model.compile() traces a module's hooks, too
         before, after = torch.compiler.disable(before), torch.compiler.disable(after)
     with swap.head.replaced(), ExitStack() as hooks:
-        # First of all hooks: the forwards that find the map may not run inside one that FSDP has begun.
+        # Before all other hooks: the forwards that find the map must not run inside a forward that FSDP has begun.
         hooks.callback(model.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
         yield swap
 
 
 class _Swap:
-    """Log-probs of ``labels`` in place of the logits, for the forwards of a model while its head is replaced.
+    """Puts log-probs of ``labels`` in place of the logits, in the forwards of a model while its head is replaced.
 
-    ``with_stats``: after a forward ``stats`` holds all statistics, with the log-probs as the head gave them.
+    With ``with_stats``, ``stats`` holds all statistics after a forward, with the log-probs that the head returned.
     """
 
     stats: TokenStats
@@ -179,7 +192,7 @@ class _Swap:
         self.finding = self.repeating = False
 
     def compute(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
-        """In place of the head's output."""
+        """The function that runs in place of the head."""
         labels = self.labels
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
@@ -196,7 +209,7 @@ class _Swap:
         return Probe.apply(self.logps)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        """Before the model's forward: the map is known, and the head is replaced."""
+        """Runs before the model's forward: find the map, if it is not known, and set the head's replacement."""
         if self.finding:
             return
         if inputs.get("past_key_values") is not None:  # the forwards of `find_post_head` would append to it
@@ -217,7 +230,7 @@ class _Swap:
             self.finding = False
 
     def after(self, module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
-        """After the model's forward: its output is replaced, or the forward repeated where the map has changed."""
+        """Runs after the model's forward: replace its output, or repeat the forward if the map has changed."""
         if self.finding:
             return output
         self.head.end()
@@ -235,14 +248,14 @@ class _Swap:
         return output
 
     def _map_has_changed(self, logits: Tensor) -> bool:
-        """One sync on a GPU; a CUDA graph replays the map that it has recorded."""
+        """Whether the map has changed. One sync on a GPU; a CUDA graph replays the map that it recorded."""
         if logits.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         few = logits.detach().flatten()[:64]
         return bool(self.post_head.differs(probe_values(few).flatten(), few).any())
 
     def _repeated(self, call: Callable[[], object]) -> object:
-        """The forward once more, with the map that holds now: a scale of the configuration may have changed."""
+        """Run the forward once more and find the map again: a scale of the configuration may have changed."""
         _FOUND.pop(self.core, None)
         if self.repeating:
             raise ValueError(
@@ -256,15 +269,15 @@ class _Swap:
 
 
 class _Anchored(torch.autograd.Function):
-    """The log-probs as the head gave them, with the model's output in their graph, where it gets a zero gradient.
+    """The log-probs that the head returned, with the model's output in their graph, where it gets a zero gradient.
 
-    FSDP and ZeRO-3 make the weights whole again for the backward when a gradient reaches a module's output.
+    FSDP and ZeRO-3 gather the weights for the backward when a gradient reaches a module's output.
     """
 
     @staticmethod
     def forward(ctx: Any, logps: Tensor, output: Tensor) -> Tensor:
         ctx.output = output.new_zeros(()).expand(output.shape)
-        return logps.clone()  # a view could not be changed in place
+        return logps.clone()  # not a view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,9 +300,9 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def _random_state_kept(core: nn.Module) -> Iterator[None]:
-    """A run that finds the map draws the same dropout masks after it as one that does not."""
+    """Keep the random state, so that finding the map does not change the dropout masks that follow."""
     devices = {p.device.index for p in core.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices):
         yield
-    # Autocast kept the weights that it cast without gradients, for the forward that needs them (pytorch#158232).
+    # Autocast has cached the weights that it cast without gradients, and would use them in the next forward (pytorch#158232).
     torch.clear_autocast_cache()

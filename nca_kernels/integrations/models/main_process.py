@@ -1,4 +1,4 @@
-"""What only the main process does, with its outcome on every rank."""
+"""Work that only the main process does, with its result on every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def on_main(accelerator: Accelerator, function: Callable[..., Result], *args: object) -> Result:
-    """What the function returns on the main process, on every rank; and its error on every rank, so that none waits."""
+    """Call the function on the main process; return its result, or raise its error, on every rank, so that no rank waits."""
     outcome: list[object] = [None]
     if accelerator.is_main_process:
         try:
@@ -26,6 +26,6 @@ def on_main(accelerator: Accelerator, function: Callable[..., Result], *args: ob
 
 
 def print_main(line: str) -> None:
-    """Print on the main process alone."""
+    """Print on the main process only."""
     if PartialState().is_main_process:
         print(line, flush=True)

@@ -1,8 +1,8 @@
-"""What a model does to its head's output, found by feeding known values through its own code.
+"""Finds the map that a model applies to the output of its head, by passing known values through the model's own code.
 
-Softcaps and logit scales go by many names (``final_logit_softcapping``, ``logits_scaling`` as a divisor, ``logit_scale``
-as a factor, constants in the code), and a table of names says nothing about the next architecture. So the head returns known
-values, and the ``.logits`` that the model makes of them tell the map.
+Softcaps and logit scales have many names (``final_logit_softcapping``, ``logits_scaling`` as a divisor, ``logit_scale`` as a
+factor, constants in the code), and a table of names does not cover the next architecture. So the head returns known values, and the
+map is fitted to the ``.logits`` that the model makes of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TOLERANCE = 8  # spacings of the dtype of .logits, relative
 
 
 class PostHead(NamedTuple):
-    """``z = scale * x``, then ``softcap * tanh(z / softcap)`` if there is one: what the kernels can do."""
+    """``z = scale * x``, then ``softcap * tanh(z / softcap)`` if there is one: the maps that the kernels support."""
 
     scale: float
     softcap: float | None
@@ -33,16 +33,16 @@ class PostHead(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def differs(self, x: Tensor, logits: Tensor) -> Tensor:
-        """Where ``logits`` are not what this map makes of ``x``, beyond rounding."""
+        """Where ``logits`` differ from this map of ``x`` by more than rounding."""
         fitted = self(x.double())
         return ~((logits.double() - fitted).abs() <= _TOLERANCE * torch.finfo(logits.dtype).eps * fitted.abs())
 
 
 def find_post_head(head: HeadLayer, call: Callable[[], object], backend: str | None, with_gradients: bool) -> PostHead:
-    """The map from the head's output to ``.logits``: two forwards of the model, with a head of no more than a few rows.
+    """The map from the head's output to ``.logits``: two forwards of the model, with a few rows of logits at most.
 
-    The first fits the map, the second compares a few tokens' log-probs with those of the model's own ``.logits``. ValueError
-    where there is no such map, where the two differ and, ``with_gradients``, where the map has trained parameters.
+    The first forward fits the map. The second compares the log-probs of a few tokens with those of the model's own ``.logits``.
+    ``ValueError`` if there is no such map, if the two differ and, ``with_gradients``, if the map has trained parameters.
     """
     known = _KnownHead(with_gradients)
     logits = _logits(head, known, call)
@@ -68,7 +68,7 @@ def find_post_head(head: HeadLayer, call: Callable[[], object], backend: str | N
 
 
 class _KnownHead:
-    """In place of the head: known values. What happens to them is then recorded for autograd, if asked for."""
+    """Returns known values in place of the head's output; ``with_gradients``, autograd records what the model does to them."""
 
     def __init__(self, with_gradients: bool) -> None:
         self.with_gradients = with_gradients
@@ -81,7 +81,7 @@ class _KnownHead:
 
 
 class _FewRows:
-    """In place of the head: the logits of a few tokens, and their log-probs from :func:`linear_token_logps`."""
+    """Returns the logits of a few tokens in place of the head's output, and keeps their log-probs (:func:`linear_token_logps`)."""
 
     def __init__(self, post_head: PostHead, backend: str | None) -> None:
         self.post_head, self.backend = post_head, backend
@@ -89,7 +89,7 @@ class _FewRows:
     def __call__(self, linear: nn.Linear, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(1, -1, hidden.shape[-1])
         rows = rows[:, :: max(1, rows.shape[1] // _TOKENS)][:, :_TOKENS]
-        # Spread over the vocabulary: the user's labels may all be ignored on this rank, and not on another.
+        # Labels spread over the vocabulary. The user's may all be ignored on this rank and not on another.
         self.labels = torch.arange(1, rows.shape[1] + 1, device=rows.device)[None] * linear.out_features // (_TOKENS + 1)
         self.fused = linear_token_logps(
             rows, linear.weight, self.labels, bias=linear.bias, backend=self.backend, **self.post_head._asdict()
@@ -115,12 +115,12 @@ def logits_of(output: Any) -> Tensor:
 
 
 def known_values(vocab: int, device: torch.device) -> Tensor:
-    """``[1, 1, V]``: small ones in the first half of the columns show the scale, wide ones in the others the softcap."""
+    """``[1, 1, V]``: small values in the first half of the columns show the scale, large ones in the other half the softcap."""
     half = vocab // 2
     known = torch.linspace(-64, 64, vocab, device=device)
     known[:half] = _LINEAR * torch.linspace(-1, 1, half, device=device)
     known[-1] = _SATURATED
-    return known.bfloat16().float()[None, None]  # exact on its way through any dtype
+    return known.bfloat16().float()[None, None]  # exact in every dtype
 
 
 def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
@@ -149,7 +149,7 @@ def fit_post_head(known: Tensor, logits: Tensor) -> PostHead:
 
 
 def _slope(x: Tensor, y: Tensor) -> float:
-    # The median of many: where .logits are bfloat16 one quotient is off by up to 0.4%, and a few columns may be masked.
+    # A median: with bfloat16 .logits a single quotient is off by up to 0.4%, and a few columns may be masked.
     return float((y / x)[x != 0].median())
 
 
@@ -157,10 +157,10 @@ def _slope(x: Tensor, y: Tensor) -> float:
 
 
 class Probe(torch.autograd.Function):
-    """In place of the head's output: known values ``[N, T, 1]``, in the graph of the log-probs, which get zeros from them.
+    """Returns known values ``[N, T, 1]`` in place of the head's output. They are in the graph of the log-probs and give them zeros.
 
-    The model maps them like logits, so its output shows whether the map is still the one found, and FSDP and ZeRO-3, which
-    make weights whole again when a gradient reaches a module's output, find the output in the graph.
+    The model maps them like logits, so its output shows whether the map is still the same. FSDP and ZeRO-3 gather weights when a
+    gradient reaches a module's output; for that the output must be in the graph.
     """
 
     @staticmethod
@@ -174,14 +174,14 @@ class Probe(torch.autograd.Function):
 
 
 def probe_values(like: Tensor) -> Tensor:
-    """Powers of two from 2^-6 to 2^15, in float32, of both signs and in every order of size: 8 first, 2^15 the fifth."""
+    """Powers of two from 2^-6 to 2^15 in float32, of both signs, in mixed order: the first is 8, the fifth 2^15."""
     i = torch.arange(like.numel(), device=like.device)
     values = torch.exp2(15.0 - 3 * ((5 * i + 4) % 8)) * (1 - 2 * (i % 2))
-    return values.view(*like.shape, 1).clone()  # the model may scale its logits in place, which a view does not take
+    return values.view(*like.shape, 1).clone()  # not a view: the model may scale its logits in place
 
 
 def parameters_after_head(logps: Tensor, logits: Tensor) -> list[Tensor]:
-    """The trained parameters between the probe of ``logps`` and ``logits``; none where a compiled graph hides the probe."""
+    """The trained parameters between the probe of ``logps`` and ``logits``; none if a compiled graph hides the probe."""
     found: list[Tensor] = []
     seen: set[Any] = set()
     nodes = [logits.grad_fn]
@@ -210,7 +210,7 @@ def learned_map(head: HeadLayer, names: list[str]) -> ValueError:
 
 
 def names_of(core: nn.Module, parameters: list[Tensor]) -> list[str]:
-    """What ``core`` calls them."""
+    """The names of the parameters in ``core``."""
     return [name for name, own in core.named_parameters() if any(own is parameter for parameter in parameters)]
 
 

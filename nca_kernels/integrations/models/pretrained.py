@@ -1,4 +1,4 @@
-"""Models and tokenizers by a folder's or a hub's name, with errors that name it."""
+"""Loads models and tokenizers by the name of a folder or on the hub, with errors that contain the name."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .main_process import print_main
 
 
 def load_model(name: str, **keywords: object) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained``; ``OSError`` or ``ValueError``, with the name, where it does not load."""
+    """``AutoModelForCausalLM.from_pretrained``; ``OSError`` or ``ValueError``, with the name, if it does not load."""
     return _load(AutoModelForCausalLM, "model", name, keywords)
 
 
 def load_policy(name: str, *, adapter: bool, **keywords: object) -> PreTrainedModel | PeftModel:
-    """:func:`load_model` of a model to train; without an ``adapter`` in float32, unless ``dtype`` says otherwise.
+    """:func:`load_model` for a model to train. Without an ``adapter`` it is loaded in float32, unless ``dtype`` is given.
 
-    Where ``name`` is itself a saved adapter, it is merged into its base if the policy gets a new ``adapter``; else it goes on being
-    trained, on its base in the dtype that this was saved in. A line says which.
+    If ``name`` is itself a saved adapter, it is merged into its base if the policy gets a new ``adapter``. Otherwise the saved
+    adapter is trained further, on its base in the dtype in which the base was saved. A printed line says which.
 
-    An AdamW step is about the learning rate long, whatever the gradient: bfloat16 weights of 0.01 have a spacing of 6e-5, and
-    steps of 5e-6 are rounded away.
+    Why float32: an AdamW step is about as large as the learning rate, for any gradient. bfloat16 weights of 0.01 have a spacing of
+    6e-5, and steps of 5e-6 are rounded away.
     """
     if not is_adapter(name):
         return load_model(name, **(keywords if adapter else {"dtype": torch.float32, **keywords}))
@@ -42,12 +42,12 @@ def is_adapter(name: str) -> bool:
     """Whether a folder or hub name holds a saved PEFT adapter, not a whole model."""
     try:
         return find_adapter_config_file(name) is not None
-    except (OSError, ValueError):  # no folder, and no name that the hub could have
+    except (OSError, ValueError):  # not a folder, and not a valid name on the hub
         return False
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """``AutoTokenizer.from_pretrained``, with the same errors; an adapter that has none takes its base's."""
+    """``AutoTokenizer.from_pretrained``, with the same errors. For an adapter without a tokenizer, the tokenizer of its base."""
     try:
         return _load(AutoTokenizer, "tokenizer", name, {})
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Responses sampled from a causal LM, each with random numbers of its own."""
+"""Samples responses from a causal LM, each with its own random numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 
 
 class Sampled(NamedTuple):
-    """A response, and whether the model ended it itself (by an end token or a stop string), not the limit of tokens."""
+    """A response, and whether the model ended it (by an end token or a stop string) and not the limit of tokens."""
 
     text: str
     finished: bool
@@ -33,7 +33,7 @@ class Sampling(NamedTuple):
         temperature: >= 0; 0 takes the likeliest token.
         top_p: in (0, 1]; only the likeliest tokens that together have this probability are drawn.
         max_new_tokens: >= 1, the most tokens of a response.
-        seed: with the row and the number of the response it decides the response's random numbers.
+        seed: with the row and the number of the response, it seeds the random numbers of the response.
         stop: a response ends before the first of these strings.
     """
 
@@ -54,13 +54,13 @@ def sample_responses(
 ) -> list[Sampled]:
     r"""One response to each prompt, in one batch.
 
-    A token is ``argmax_v (log p_v + G_v)`` with Gumbel noise ``G``, which draws from p (the Gumbel-max trick). The noise comes
-    from a generator of the response's own, seeded by ``sampling.seed`` and its key. So a response does not depend on what is in
-    the batch, up to rounding: in float32 the same seed gives the same text at any batch size.
+    A token is ``argmax_v (log p_v + G_v)`` with Gumbel noise ``G``, which draws from p (the Gumbel-max trick). Each response has a
+    generator of its own for the noise, seeded by ``sampling.seed`` and the response's key. So a response does not depend on the
+    rest of the batch, up to rounding: in float32 the same seed gives the same text at any batch size.
 
     Args:
         prompts: token ids, at least one each.
-        keys: of each prompt the row and the number of the response.
+        keys: for each prompt, its row and the number of the response.
         ends: ids that end a response (:func:`end_tokens`).
 
     Source: Gumbel 1954; Maddison, Tarlow and Minka 2014, "A* Sampling".
@@ -124,7 +124,7 @@ def response_seed(seed: int, row: int, response: int) -> int:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: those of model and tokenizer, and the one that the chat template writes after an answer."""
+    """The ids that end a response: the model's, the tokenizer's, and the one that the chat template writes after an answer."""
     found: list[Any] = [tokenizer.eos_token_id]
     given = getattr(model.generation_config, "eos_token_id", None)
     found += given if isinstance(given, list) else [given]
