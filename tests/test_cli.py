@@ -26,6 +26,7 @@ from nca_kernels.integrations import NCAConfig
 from nca_kernels.integrations.commands import run_config
 from nca_kernels.integrations.commands.other_names import OTHER_NAMES
 from nca_kernels.integrations.commands.run_config import read_run
+from nca_kernels.integrations.training.run_record import run_settings
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
 
@@ -69,6 +70,19 @@ def test_the_command_line_wins_over_the_file():
     assert (run.config.loss, run.config.beta, run.config.learning_rate) == ("dpo", 0.5, 1e-4)
     assert (run.sources.model, run.sources.tokenizer, run.sources.lora) == ("some/model", "other", {"r": 8})
     assert {"beta", "loss"} <= run.given and "alpha" not in run.given
+
+
+def test_a_key_without_effect_is_told_once_and_left_out_of_run_yaml(caplog):
+    run = read_run(config(loss="dpo", alpha=0.3), [])
+    assert [record.getMessage() for record in caplog.records] == [
+        "alpha: got 0.3, which has no effect on the loss 'dpo', only on info_nca, nca, biased_nca"
+    ]
+    caplog.clear()
+    with open("run.yaml", "w") as file:
+        file.write(run_settings(run.config, vars(run.sources)))
+    again = read_run("run.yaml", ["--use_cpu", "true"])
+    assert again.config.loss == "dpo" and again.config.pairs == "best_vs_rest" and "pairs" in again.given
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

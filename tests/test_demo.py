@@ -105,12 +105,13 @@ def test_rows_for_the_trainer(world):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_widens_the_margin(world, loss):
+def test_every_loss_widens_the_margin(world, loss, caplog):
     model, data = world
     before = copy.deepcopy(model.state_dict())
     aligned, curves = align(model, data, data, Method(loss, K=3, lr=3e-3), seed=0, steps=20, batch_size=16)
     margins = [chosen - rejected for chosen, rejected in zip(curves.chosen, curves.rejected, strict=True)]
     assert margins[-1] > margins[0] + 0.1
+    assert "has no effect" not in caplog.text
     assert curves.steps == list(range(21)) and len(curves.loss) == 20
     assert all(0 < share < 1 for share in curves.loss_time_share)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "the reference moved"

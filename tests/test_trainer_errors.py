@@ -12,6 +12,7 @@ from training import config
 from transformers import TrainingArguments
 
 from nca_kernels.integrations.training.trainer import NCATrainer
+from nca_kernels.loss_table import LOSSES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -48,6 +49,24 @@ def _users_dispatch(default_dispatch):
 def test_errors_of_the_config(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_keys_that_the_loss_does_not_read_give_a_warning(loss, tmp_path, caplog):
+    takes = LOSSES[loss].takes
+    config(tmp_path, loss=loss, kto_threshold=None)
+    assert not caplog.records
+    config(tmp_path, loss=loss, alpha=0.3, pairs="all", kto_threshold=0.5)
+    told = [record.getMessage().partition(", only on ") for record in caplog.records]
+    assert [(message, losses) for message, _, losses in told] == [
+        (f"{key}: got {value!r}, which has no effect on the loss {loss!r}", losses)
+        for key, value, argument, losses in (
+            ("alpha", 0.3, "alpha", "info_nca, nca, biased_nca"),
+            ("pairs", "all", "pairs", "dpo, ipo"),
+            ("kto_threshold", 0.5, "desirable", "kto"),
+        )
+        if argument not in takes
+    ]
 
 
 ROW = {"prompt_ids": [3], "response_ids": [[4], [5]], "scores": [1.0, 0.0]}

@@ -61,7 +61,7 @@ def config(folder, **options):
         "max_grad_norm": 0.0,
         "num_train_epochs": 1,
         "logging_steps": 1,
-        "kto_threshold": 0.5,
+        **({"kto_threshold": 0.5} if options.get("loss") == "kto" else {}),
     }
     return NCAConfig(output_dir=str(folder), **{**defaults, **options})
 

@@ -17,6 +17,7 @@ from ..integrations.data.collator import Batch, group_logps
 from ..integrations.training.config import NCAConfig
 from ..integrations.training.plots import PlotsCallback
 from ..integrations.training.trainer import NCATrainer
+from ..loss_table import LOSSES
 from .toy import Preferences, response_logps
 
 
@@ -69,8 +70,7 @@ def align(
             output_dir=folder,
             loss=method.loss,
             beta=method.beta,
-            alpha=method.alpha,
-            pairs=method.pairs,
+            **{name: getattr(method, name) for name in ("alpha", "pairs") if name in LOSSES[method.loss].takes},
             num_responses=method.K,
             share_prompt=share_prompt,
             learning_rate=method.lr,

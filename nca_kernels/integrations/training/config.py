@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,12 @@ from ...loss_table import LOSSES, PAIRS
 from ...losses import check_terms
 from ..data.rows import RowOptions
 
+logger = logging.getLogger(__name__)
+
 REFERENCES = ("precompute", "model")
 LOGITS_DTYPES = {"float32": torch.float32}
+# The keys that only some losses read, and the argument of the loss that each decides.
+_OF_SOME_LOSSES = {"alpha": "alpha", "pairs": "pairs", "kto_threshold": "desirable"}
 
 
 def _option(default: Any, about: str) -> Any:
@@ -71,6 +76,8 @@ class NCAConfig(TrainingArguments):
     Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
     steps; ``remove_unused_columns`` false, since a batch is no keyword arguments of the model; ``logging_nan_inf_filter`` false,
     since it would hide a loss that is NaN, and costs a host sync at every step.
+
+    ``alpha``, ``pairs`` and ``kto_threshold`` give a warning where the loss does not read them and they are not at their defaults.
 
     Raises:
         ValueError, TypeError: an argument out of range, by name; ``label_smoothing_factor``, which is of losses over tokens.
@@ -148,6 +155,18 @@ class NCAConfig(TrainingArguments):
             raise ValueError("accelerator_config: got dispatch_batches True, wanted False: ragged batches cannot be dealt out")
         if self.reference_cache_dir is None:
             self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "_reference_cache"))
+        if self.process_index == 0:
+            self._warn_of_unread_keys()
+
+    def unread_keys(self) -> list[str]:
+        """The keys that have no effect on this loss."""
+        return [key for key, argument in _OF_SOME_LOSSES.items() if argument not in LOSSES[self.loss].takes]
+
+    def _warn_of_unread_keys(self) -> None:
+        for key in self.unread_keys():
+            if (value := getattr(self, key)) != getattr(NCAConfig, key):
+                others = ", ".join(name for name, loss in LOSSES.items() if _OF_SOME_LOSSES[key] in loss.takes)
+                logger.warning("%s: got %r, which has no effect on the loss %r, only on %s", key, value, self.loss, others)
 
     def loss_options(self, **of_batch: Tensor | None) -> dict[str, Any]:
         """The keyword arguments of :func:`nca_kernels.group_loss` that the loss takes, from the configuration and the batch."""

@@ -36,14 +36,14 @@ _NOT_SETTINGS = {"resume_from_checkpoint", "hub_token", "push_to_hub_token", "lo
 def run_settings(config: NCAConfig, sources: Mapping[str, object], command: str | None = None) -> str:
     """The text of ``run.yaml``: where things come from, all keys of this package, and those of transformers that were set.
 
-    The text is itself a configuration of ``nca-kernels train``.
+    The text is itself a configuration of ``nca-kernels train``. Keys that the loss does not read are left out.
 
     Args:
         sources: keys and values that are not of the configuration: model, data, ...
         command: the command line of the run, for the reader.
     """
     inherited = {field.name: _default(field) for field in fields(TrainingArguments)}
-    own = {field.name for field in fields(NCAConfig)} - inherited.keys()
+    own = {field.name for field in fields(NCAConfig)} - inherited.keys() - {*config.unread_keys()}
     settings = {key: value for key, value in sources.items() if value is not None}
     for key, value in config.to_dict().items():
         if key not in _NOT_SETTINGS and value is not None and (key in own or (key in inherited and value != inherited[key])):
