@@ -119,8 +119,8 @@ def response_logps(
 ) -> Rows:
     """The log-prob of each response of ``rows`` (of ``load_groups``) under a model that is loaded for it."""
     tokenizer = load_tokenizer(model)
-    unscored = rows.remove_columns("scores")
-    tokenized = tokenize_groups(unscored, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length).rows
+    without_scores = rows.remove_columns("scores")
+    tokenized = tokenize_groups(without_scores, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length).rows
     if model_init_kwargs is None and (model_init_kwargs := _settings(model).get("model_init_kwargs")):
         print(f"{model}: loaded with {model_init_kwargs}, as its {RUN} says")
     network = to_device(load_model(model, **(model_init_kwargs or {})), default_device()).eval()

@@ -39,7 +39,7 @@ class _Segment(NamedTuple):
     """Consecutive tokens of a row of the batch."""
 
     input_ids: list[int]
-    scored: int  # how many tokens at its end have a label
+    labelled: int  # how many tokens at its end have a label
     position: int  # of the first
     branch: int  # tokens of branch 0 are seen by every later token of the row
 
@@ -91,10 +91,10 @@ class GroupCollator:
             for segment in line:
                 start, end = end, end + len(segment.input_ids)
                 input_ids[n, start:end] = torch.tensor(segment.input_ids, dtype=torch.int64)
-                labels[n, end - segment.scored : end] = input_ids[n, end - segment.scored : end]
+                labels[n, end - segment.labelled : end] = input_ids[n, end - segment.labelled : end]
                 position_ids[n, start:end] = torch.arange(segment.position, segment.position + end - start)
                 branches[n, start:end] = segment.branch
-                if segment.scored:
+                if segment.labelled:
                     starts.append(n * shape[1] + start)
         # The sum of a response may extend to the start of the next one: tokens between them have no label and add 0.
         batch: Batch = {

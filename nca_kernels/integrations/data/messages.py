@@ -129,9 +129,10 @@ def from_transcript(text: object) -> list[Message] | None:
     if not marks or (lead and marks[0][2] is None):
         return None
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    speakers = [(mark[1] or mark[2]).lower() for mark in marks]
     turns = [
-        {"role": _ROLES.get(name := (mark[1] or mark[2]).lower(), name), "content": text[mark.end() : end].strip()}
-        for mark, end in zip(marks, ends, strict=True)
+        {"role": _ROLES.get(speaker, speaker), "content": text[mark.end() : end].strip()}
+        for speaker, mark, end in zip(speakers, marks, ends, strict=True)
     ]
     if lead:  # HelpSteer names the speakers from the second turn on
         turns.insert(0, {"role": "user", "content": lead})
