@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         return arguments.run(arguments) or 0
-    # What the user can mend. Anything else may be a defect: its traceback is kept in a file.
+    # Errors that the user can correct. Any other may be a defect: its traceback is kept in a file.
     except ModuleNotFoundError as error:
         install = _SERVER if error.name == "openai" else _HF if error.name in _HF_MODULES else None
         return _failed(arguments.command, f"{error}" + (f"; {install} brings it" if install else ""))
@@ -128,14 +128,14 @@ def _between(low: float, high: float, *, above: bool = False) -> Callable[[str],
 def _add_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train",
-        add_help=False,  # the keys need transformers, and are listed when help is asked for
+        add_help=False,  # the list of keys needs transformers, so it is printed only for --help
         help="align a model with scored responses, as a YAML file says",
         usage="nca-kernels train CONFIG [--KEY VALUE ...]",
         description="Align a model with scored responses. 'nca-kernels train --help' lists the keys (docs/guide.md has examples).",
     )
     train.add_argument("-h", "--help", action=_TrainHelp, nargs=0, help="show this and all keys")
     train.add_argument("config", metavar="CONFIG", help="a YAML file of key: value")
-    train.add_argument("overrides", metavar="--KEY VALUE", nargs=argparse.REMAINDER, help="values that win over the file's")
+    train.add_argument("overrides", metavar="--KEY VALUE", nargs=argparse.REMAINDER, help="values that override those of the file")
     train.set_defaults(run=_train, parser=train)
 
 
@@ -152,7 +152,7 @@ def _print_train_help(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    # Imported when it runs, here and below: it loads transformers, and the other commands and --help do without.
+    # Imported when the command runs, here and below: it loads transformers, which other commands and --help do not need.
     from .integrations.commands.run_config import UsageError, read_run
 
     if {"-h", "--help"} & set(arguments.overrides):
@@ -212,7 +212,7 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         "score",
         help="log-probs and implicit rewards of a data set's responses",
         description="The log-prob of each response under a model, and, beside a reference model, its implicit reward "
-        "beta * (log p - log p_ref), as JSONL beside the input's columns; in the end how well their order follows the scores.",
+        "beta * (log p - log p_ref), as JSONL beside the input's columns; at the end, how well their order follows the scores.",
     )
     score.add_argument("--model", required=True, help="a folder or a name on the hub")
     score.add_argument("--data", required=True, help="a file, folder or hub name, as for train; scores may be missing")
@@ -222,8 +222,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     score.add_argument(
         "--model-init-kwargs", type=_mapping, help="keywords of from_pretrained, as in YAML: '{dtype: bfloat16}' (as in training)"
     )
-    score.add_argument("--beta", type=_positive(float), default=0.1, help="their strength (%(default)s)")
-    score.add_argument("--average", action="store_true", help="average over a response's tokens in place of the sum")
+    score.add_argument("--beta", type=_positive(float), default=0.1, help="strength of the implicit rewards (%(default)s)")
+    score.add_argument("--average", action="store_true", help="log-probs as averages over a response's tokens, not as sums")
     score.add_argument("--batch-size", type=_positive(int), default=4, help="prompts at a time (%(default)s)")
     score.add_argument("--out", type=Path, default=Path("scored.jsonl"), help="the file to write (%(default)s)")
     score.set_defaults(run=_score)
@@ -241,8 +241,8 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample = commands.add_parser(
         "sample",
         help="sample responses to a file's prompts, by a model or a server",
-        description="Sample responses to each prompt of a file and write them beside it, with whether the model ended each. A "
-        "killed command goes on where it stopped when it is called again.",
+        description="Sample responses to each prompt of a file and write them beside it, with a flag for those that the model "
+        "ended. A killed command continues where it stopped when it is called again.",
     )
     sample.add_argument("--model", required=True, help="a folder or a name on the hub; with --server, the server's name for it")
     sample.add_argument("--data", required=True, type=Path, help="a file of rows with a prompt, a text or messages")
@@ -255,7 +255,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--max-new-tokens", type=_positive(int), default=512, help="most tokens of a response (%(default)s)")
     sample.add_argument("--stop", action="append", default=[], metavar="TEXT", help="a response ends before it; may be repeated")
     sample.add_argument("--batch-size", type=_positive(int), default=8, help="responses, or requests, at a time (%(default)s)")
-    sample.add_argument("--seed", type=int, default=0, help="decides the random numbers (%(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the random numbers (%(default)s)")
     sample.add_argument("--server", metavar="URL", help="base URL of an OpenAI-compatible server, as http://localhost:8000/v1")
     sample.set_defaults(run=_sample)
 
@@ -274,8 +274,8 @@ def _add_rate(commands: argparse._SubParsersAction) -> None:
     rate = commands.add_parser(
         "rate",
         help="score a file's responses, by a reward model or a Python function",
-        description="Write a file with a score for each of its responses; scores that it had stay as old_scores. A killed command "
-        "goes on where it stopped when it is called again.",
+        description="Write a file with a score for each of its responses; existing scores are kept as old_scores. A killed "
+        "command continues where it stopped when it is called again.",
     )
     rate.add_argument("--data", required=True, type=Path, help="a file of rows with prompt and responses, as sample writes it")
     rate.add_argument("--out", required=True, type=Path, help="the file to write, as JSON Lines")
@@ -320,7 +320,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--path", choices=("linear", "logits"), default="linear", help="log-probs without or with logits")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="the output folder (%(default)s)")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--quick", action="store_true", help="a run of seconds that teaches nothing, as a check")
+    demo.add_argument("--quick", action="store_true", help="a run of a few seconds, too short to learn, as a check")
     demo.set_defaults(run=_demo)
 
 
@@ -341,7 +341,7 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     reproduce.add_argument("what", nargs="?", choices=questions, default="all")
     reproduce.add_argument("--out", type=Path, default=Path("out/reproduce"), help="the output folder (%(default)s)")
     reproduce.add_argument("--workers", type=_positive(int), help="runs side by side (one a core)")
-    reproduce.add_argument("--quick", action="store_true", help="one seed and a few steps: a check that answers no question")
+    reproduce.add_argument("--quick", action="store_true", help="one seed and a few steps, as a check; its results mean nothing")
     reproduce.set_defaults(run=_reproduce)
 
 

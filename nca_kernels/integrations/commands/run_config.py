@@ -1,4 +1,4 @@
-"""What ``nca-kernels train`` is told: a YAML file, and the command line's ``--key value``, which win over it."""
+"""The configuration of ``nca-kernels train``: a YAML file, and ``--key value`` on the command line, which override it."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _typed(key: str, given: _Given, hint: Any) -> object:
     if given.text is not None:
         readings.append(given.text)
     if isinstance(given.value, (int, str)) and not isinstance(given.value, bool):
-        # Where a float is wanted, 1 is one, and so is 5e-6, which YAML 1.1 reads as text for want of a dot.
+        # A key of type float also takes 1, and 5e-6, which YAML 1.1 reads as text because it has no dot.
         readings += _float(given.value)
     if given.value is False and key.endswith("_strategy"):
         readings.append("no")  # which YAML 1.1 reads as false, too

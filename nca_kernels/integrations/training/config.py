@@ -1,4 +1,4 @@
-"""What a run of :class:`~nca_kernels.integrations.training.trainer.NCATrainer` is told."""
+"""The configuration of :class:`~nca_kernels.integrations.training.trainer.NCATrainer`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class NCAConfig(TrainingArguments):
     alone.
 
     Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
-    steps; ``remove_unused_columns`` false, since a batch is no keyword arguments of the model; ``logging_nan_inf_filter`` false,
+    steps; ``remove_unused_columns`` false, since a batch is not passed as ``model(**batch)``; ``logging_nan_inf_filter`` false,
     since it would hide a loss that is NaN, and costs a host sync at every step.
 
     ``alpha``, ``pairs`` and ``kto_threshold`` give a warning where the loss does not read them and they are not at their defaults.
@@ -113,7 +113,7 @@ class NCAConfig(TrainingArguments):
     sample_prompts: int = _option(0, "held-out prompts that are sampled at every evaluation")
     learning_rate: float = _option(5e-6, "initial learning rate")
     logging_steps: float = _option(10, "steps between logs; a share of all steps if below 1")
-    remove_unused_columns: bool = _option(False, "must be false: a batch is no keyword arguments of the model")
+    remove_unused_columns: bool = _option(False, "must be false: batches are not passed as model(**batch)")
     logging_nan_inf_filter: bool = _option(False, "replace a NaN or infinite loss in the log, at a host sync a step")
 
     if TYPE_CHECKING:

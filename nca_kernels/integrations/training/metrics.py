@@ -12,7 +12,7 @@ from torch import Tensor
 from ...scores import score_pairs
 
 _OF_TOKENS = ("entropy/best", "token_accuracy/best")
-# Each the quotient of a sum and a count.
+# Each metric is a sum divided by a count.
 _SCALARS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best", "logps/worst", "logps/best_change", "kl", *_OF_TOKENS)
 
 

@@ -1,4 +1,4 @@
-"""The models that a trainer is given: the policy, loaded and with its adapter, and a reference of its own."""
+"""The models of a trainer: the policy, loaded and with its adapter, and a separate reference model."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def check_reference(ref_model: object, policy: nn.Module) -> None:
     trained = {id(p) for p in policy.parameters() if p.requires_grad}
     if any(id(p) in trained for p in ref_model.parameters()):
         raise ValueError(
-            "ref_model: has weights that are trained as model's; wanted a model of its own, or None for model as it is when "
-            "training starts"
+            "ref_model: shares trained weights with model; wanted a separate model, or None for model as it is at the "
+            "start of training"
         )
