@@ -10,12 +10,14 @@ import atexit
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+
+Function = TypeVar("Function", bound=Callable)
 
 
 def run_exit_functions() -> None:
@@ -42,12 +44,12 @@ def function_transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def constant_in_graphs(function: Callable) -> Callable:
+def constant_in_graphs(function: Function) -> Function:
     """Do what ``torch.compiler.assume_constant_result`` does, without importing the compiler and Triton.
 
     Without it, ``torch.compile`` traces into ``function`` and breaks the graph there.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -142,12 +144,12 @@ def forward_attribute(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
-def attention_implementation(config: object) -> str:
+def attention_implementation(config: Any) -> str:
     """The attention that a transformers model runs: "eager", "sdpa", "flex_attention" or another.
 
     Without it, the kind of mask that the model takes is unknown.
     """
-    return config._attn_implementation  # type: ignore[attr-defined]
+    return config._attn_implementation
 
 
 def is_stateful(model: nn.Module) -> bool:

@@ -155,14 +155,20 @@ def _is_one_value(file: Any, encoding: str) -> bool:
     return False
 
 
+def _past(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """The end of what matches the pattern at this position."""
+    found = pattern.match(text, at)
+    return at if found is None else found.end()
+
+
 def _array(text: str) -> Iterator[Record]:
     """The items of a JSON array, or consecutive values, one by one, so that an error names the position of a broken one."""
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     text = text.lstrip("\ufeff")
-    at = re.compile(r"\s*\[?").match(text).end()  # type: ignore[union-attr]
+    at = _past(re.compile(r"\s*\[?"), text, 0)
     row = 0
     while True:
-        at = space.match(text, at).end()  # type: ignore[union-attr]
+        at = _past(space, text, at)
         if at == len(text) or text[at] == "]":
             rest = text[at + 1 :].strip()
             if (at == len(text) or rest) and text.lstrip().startswith("["):

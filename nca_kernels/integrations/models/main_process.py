@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 def on_main(accelerator: Accelerator, function: Callable[..., Result], *args: object) -> Result:
     """Call the function on the main process; return its result, or raise its error, on every rank, so that no rank waits."""
-    outcome: list[object] = [None]
+    outcome: list[Any] = [None]
     if accelerator.is_main_process:
         try:
             outcome = [function(*args)]
@@ -22,7 +22,7 @@ def on_main(accelerator: Accelerator, function: Callable[..., Result], *args: ob
     broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+    return outcome[0]
 
 
 def print_main(line: str) -> None:
