@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
@@ -132,6 +132,7 @@ class _Contestant(NamedTuple):
 
 def _check(contestants: list[_Contestant], problem: Problem, batch: list[Row], case: Case, device: str) -> None:
     begun = [contestant.submit("begin", case, device) for contestant in contestants]
+    wait(begun)
     for contestant, share in zip(contestants, begun, strict=True):
         outcome = contestant.outcome
         with reported(outcome):
