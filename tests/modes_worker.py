@@ -10,7 +10,7 @@ import torch
 from architectures import tiny
 from peft import LoraConfig
 from torch import nn
-from training import config, make_rows, weights
+from training import NF4, config, make_rows, weights
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from nca_kernels.integrations.data.collator import group_logps
@@ -29,7 +29,6 @@ def lora(**options):
 HEAD = {"modules_to_save": ["lm_head"]}
 DORA = {"use_dora": True}
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
 
 
 def zero(stage, **more):

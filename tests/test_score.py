@@ -9,11 +9,16 @@ import datasets
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from tiny import save_tiny_model
+from training import NF4, plain_logps
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from nca_kernels import cli, files
 from nca_kernels.integrations.commands.score import response_logps, score_file
 from nca_kernels.integrations.data.load import load_groups
+from nca_kernels.integrations.data.tokenize import tokenize_groups
+from nca_kernels.integrations.models.pretrained import load_tokenizer
 
 ROWS = [{"prompt": f"{i} + {i} =", "responses": [f" {2 * i}", " many", " a few"], "scores": [1.0, 0.0, 0.5]} for i in range(40)]
 
@@ -77,6 +82,27 @@ def test_lengths_and_models_as_in_training(capsys):
     assert high == response_logps("model", rows, max_length=100, model_init_kwargs={"dtype": "float32"}) != low
     os.remove("model/run.yaml")
     assert scored("--data", "data.jsonl") == high
+
+
+def test_an_adapter_of_a_base_in_4_bits():
+    """As `train` leaves it, with the quantisation in its `run.yaml`: the log-probs of the model's own logits."""
+    pytest.importorskip("bitsandbytes")
+    save_tiny_model("model", hidden_size=64, intermediate_size=128, num_key_value_heads=2)  # bitsandbytes wants multiples of 32
+    base = AutoModelForCausalLM.from_pretrained("model", quantization_config=BitsAndBytesConfig(**NF4))
+    torch.manual_seed(0)
+    network = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)).eval()
+    network.save_pretrained("adapter")
+    with open("adapter/run.yaml", "w") as file:
+        yaml.safe_dump({"model_init_kwargs": {"quantization_config": {"quant_method": "bitsandbytes", **NF4}}}, file)
+    with open("few.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS[:4])
+    got = scored("--data", "few.jsonl", "--model", "adapter")
+    rows = tokenize_groups(load_groups("few.jsonl").rows, load_tokenizer("model")).rows
+    with torch.no_grad():
+        wanted = [plain_logps(network, row["prompt_ids"], row["response_ids"]).tolist() for row in rows]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=0)
+    whole = scored("--data", "few.jsonl", "--model", "adapter", "--model-init-kwargs", "{}")
+    assert (torch.tensor(whole) - torch.tensor(got)).abs().max() > 1e-2
 
 
 def test_replacing_keeps_links_and_permissions(tmp_path):

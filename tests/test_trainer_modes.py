@@ -4,8 +4,8 @@ import pytest
 import torch
 from architectures import tiny
 from peft import LoraConfig, PeftModel
-from training import assert_same_weights, logged, make_rows, trained, weights, with_ref_logps
-from transformers import AutoModelForCausalLM
+from training import NF4, assert_same_weights, logged, make_rows, trained, weights, with_ref_logps
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -97,6 +97,24 @@ def test_resume(loss, peft_config, tmp_path):
         assert resumed.state.global_step == 6
         assert logged(resumed, "loss") == logged(through, "loss")
         assert_same_weights(weights(resumed), weights(through))
+
+
+def test_qlora_resumes(tmp_path):
+    """As :func:`test_resume`, with a base that every start quantises anew and an optimizer in paged memory."""
+    pytest.importorskip("bitsandbytes")
+    tiny("llama").save_pretrained(tmp_path / "base")
+
+    def run(**options):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=BitsAndBytesConfig(**NF4))
+        options |= {"peft_config": lora(lora_dropout=0.3), "optim": "paged_adamw_32bit", "learning_rate": 1e-3}
+        return trained(tmp_path, make_rows(11), base, save_strategy="steps", save_steps=1, **options)
+
+    through = run()
+    assert through.state.global_step == 3
+    resumed = run(resume=str(tmp_path / "checkpoint-1"))
+    assert logged(resumed, "loss") == logged(through, "loss")
+    assert any(tensor.dtype == torch.uint8 for tensor in weights(resumed).values())
+    assert_same_weights(weights(resumed), weights(through))
 
 
 def test_checkpoints_load_as_they_are(tmp_path):

@@ -11,7 +11,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_model(folder: str, seed: int = 0) -> None:
+def save_tiny_model(folder: str, seed: int = 0, **sizes: int) -> None:
     """A model and its tokenizer, for ``from_pretrained(folder)``."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocabulary, []))
@@ -25,11 +25,8 @@ def save_tiny_model(folder: str, seed: int = 0) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
+        **{"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, **sizes},
         num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=0,

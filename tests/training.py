@@ -12,6 +12,9 @@ from nca_kernels.integrations.training.config import NCAConfig
 from nca_kernels.integrations.training.plots import PlotsCallback
 from nca_kernels.integrations.training.trainer import NCATrainer
 
+# The keywords of a BitsAndBytesConfig: QLoRA's base in 4 bits, float32 between its layers.
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"}
+
 
 def make_rows(n, *, ragged=True, seed=0):
     """Tokenized prompts; ragged: of 2 to 5 responses, all lengths different."""
