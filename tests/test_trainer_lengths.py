@@ -48,6 +48,17 @@ def test_batches_by_length_have_less_padding(tmp_path):
     assert padding(batches_of(tmp_path, rows, **shared)) > 0.4
 
 
+def test_evaluation_by_length_has_the_same_metrics(tmp_path):
+    rows = long_tailed_rows(21)
+    positions, metrics = [], []
+    for strategy in ("group_by_length", "sequential"):
+        trainer = NCATrainer(tiny("llama"), config(tmp_path, train_sampling_strategy=strategy), rows, rows)
+        positions.append(sum(batch["input_ids"].numel() for batch in trainer.get_eval_dataloader()))
+        metrics.append({name: value for name, value in trainer.evaluate().items() if "second" not in name and "time" not in name})
+    assert positions[0] < 0.8 * positions[1]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-6)
+
+
 def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own():
     lengths = [random.Random(0).randrange(2, 90) for _ in range(101)]
     sampler = LengthSampler(lengths, 8, seed=3)

@@ -256,10 +256,17 @@ class NCATrainer(ResumableTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         if rows is None or self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self._length_sampler(rows, self.args.train_batch_size * self.args.gradient_accumulation_steps)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return self._length_sampler(eval_dataset, self.args.eval_batch_size)  # transformers' own wants a column of input_ids
+
+    def _length_sampler(self, rows: Dataset, batch_size: int) -> LengthSampler:
         lengths = shared_lengths(rows) if self.args.share_prompt else longest_sequences(rows)
-        return LengthSampler(lengths.tolist(), batch_size, seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(lengths.tolist(), batch_size * self.args.world_size, seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
