@@ -22,7 +22,7 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from nca_kernels import cli
-from nca_kernels.integrations.commands.run_config import Sources
+from nca_kernels.integrations.commands.run_config import Sources, read_run
 from nca_kernels.integrations.data import rows
 from nca_kernels.integrations.reference import policy_reference
 from nca_kernels.integrations.training.config import NCAConfig
@@ -176,15 +176,36 @@ def test_preferences_take_alpha_0_unless_told(user, capsys):
         assert alpha in capsys.readouterr().out
 
 
-def test_the_tables_name_keys_that_exist():
-    ours = {*KEYS, "activation_checkpointing"}
-    for title in ("## From the authors' YAML", "## From TRL's DPOTrainer"):
-        section = GUIDE.split(title)[1].split("\n## ")[0]
-        rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]
-        assert len(rows) > 10
-        for _, here in rows:
-            named = re.findall(r"`([a-z]\w+)(?::[^`]*)?`", here)
-            assert set(named) - {"from_pretrained", "info_nca", "dpo", "precompute"} <= ours, here
+def _table(title):
+    """The rows of a table of keys: theirs, and ours as ``(key, value)``, the value empty where the table has none."""
+    section = GUIDE.split(title)[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]
+    assert len(rows) > 10
+    for theirs, here in rows:
+        same = re.match(r"the same\b", here)
+        yield theirs, re.findall(r"`([a-z]\w*)(?:: ([^`]+))?`", theirs if same and "the data's" not in theirs else here)
+
+
+# Written in the tables' other words, and not as a key: a value, a function.
+NO_KEYS = {"from_pretrained", "info_nca", "dpo", "precompute"}
+
+
+@pytest.mark.parametrize("title", ["## From the authors' YAML", "## From TRL's DPOTrainer"])
+def test_the_tables_name_keys_and_values_that_a_run_takes(user, title):
+    """Each row's keys, also where they are "the same", with its values where it has some, in a configuration of their own."""
+    for theirs, named in _table(title):
+        given = {}
+        for key, value in named:
+            if key in NO_KEYS:
+                continue
+            if key == "activation_checkpointing" or not value or "..." in value:
+                assert key in {*KEYS, "activation_checkpointing"}, (theirs, key)
+            else:
+                given[key] = yaml.safe_load(value)
+        (user / "row.yaml").write_text(yaml.safe_dump({"model": MODEL, "data": "train.jsonl", "use_cpu": True, **given}))
+        run = read_run("row.yaml", [])
+        for key, value in given.items():
+            assert getattr(run.config, key, getattr(run.sources, key, None)) == value, (theirs, key)
 
 
 def test_the_table_of_trl_names_its_keys():

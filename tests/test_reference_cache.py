@@ -11,6 +11,7 @@ from datasets import Dataset, Features, List, Value
 from peft import LoraConfig, get_peft_model
 from test_data import tokenizer
 from training import assert_same_weights, config, logged, make_rows, plain_logps, trained, weights, with_ref_logps
+from transformers import TrainerCallback
 
 from nca_kernels.integrations.reference import cache as module
 from nca_kernels.integrations.reference.cache import cache_key, reference_logps, weights_digest
@@ -31,11 +32,31 @@ def files(folder):
     return sorted(path for path in (folder / "_reference_cache").rglob("*") if path.is_file())
 
 
-def test_computed_once(tmp_path, monkeypatch):
-    """The log-probs are the model's own; a second run reads them, and trains the same bits."""
+class _Forwards(TrainerCallback):
+    """Counts the forwards of a model before its training begins."""
+
+    def __init__(self, model):
+        self.calls, self.before_training = 0, None
+        model.get_input_embeddings().register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+    def on_train_begin(self, *_, **__):
+        self.before_training = self.calls
+
+
+def test_computed_once(tmp_path):
+    """The log-probs are the model's own; a second run reads them instead of computing them, and trains the same bits."""
     rows = make_rows(9)
-    dropout = {"attention_dropout": 0.5}
-    first = trained(tmp_path, rows, tiny("llama", **dropout).train(), loss="kto")
+    runs, forwards = [], []
+    for _ in range(2):
+        model = tiny("llama", attention_dropout=0.5).train()
+        forwards.append(_Forwards(model))
+        runs.append(trained(tmp_path, rows, model, loss="kto", callbacks=[forwards[-1]]))
+    first, second = runs
+    # Both look at the model's head; the first has the 9 rows in 3 batches besides.
+    assert forwards[0].before_training - forwards[1].before_training == 3
     model = tiny("llama")
     for i, row in enumerate(first.train_dataset):
         with torch.no_grad():
@@ -43,8 +64,6 @@ def test_computed_once(tmp_path, monkeypatch):
         assert [*row["ref_logps"], row["mismatched_ref_logps"]] == pytest.approx(wanted.tolist(), rel=1e-5)
         assert row["mismatched_ids"] in [ids[: len(row["mismatched_ids"])] for ids in rows[i - 1]["response_ids"]]
     assert len(files(tmp_path)) == 1
-    monkeypatch.setattr(module, "_computed", None)
-    second = trained(tmp_path, rows, tiny("llama", **dropout).train(), loss="kto")
     assert_same_weights(weights(second), weights(first))
 
 
