@@ -63,13 +63,19 @@ def _check(target, name, logps, ref_logps, scores, *, reduction="none", **option
         assert_no_worse(a, b, c, TOL, what)
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("K", [1, 2, 4, 7])
+# Each two of the number of responses, ties and masks, once: a mask takes responses away before scores are compared, so that the
+# three together are a group of another size, with or without ties.
+GROUPS = [
+    *((K, ties, ties) for K in (1, 4) for ties in (False, True)),
+    *((K, ties, not ties) for K in (2, 7) for ties in (False, True)),
+]
+
+
+@pytest.mark.parametrize("K, ties, ragged", GROUPS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_against_the_reference(target, name, K, ties, ragged):
     logps, ref_logps, scores, mask, lengths, desirable = _batch(9, K, ragged, ties, seed=K)
-    for alpha in (0.0, 0.3, 1.0):
+    for alpha in (0.0, 0.3, 1.0) if "alpha" in LOSSES[name].takes else (None,):
         _check(target, name, logps, ref_logps, scores, mask=mask, beta=0.1, alpha=alpha)
     _check(target, name, logps, ref_logps, scores, mask=mask, beta=0.7, reduction="mean")
     _check(target, name, logps, ref_logps, scores, mask=mask, lengths=lengths, nll_weight=0.3, alpha=0.3)
@@ -270,15 +276,15 @@ def test_plackett_luce_and_biased_nca_of_two(target):
         assert (function(logps[:, :1], ref_logps[:, :1], scores[:, :1], **options).loss == 0).all()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_batch_that_takes_several_blocks(target, reduction):
-    """Their sum is the sum of the losses one by one."""
+def test_a_batch_that_takes_several_blocks(target):
+    """Their sum is the sum of the losses one by one, and their mean the mean."""
     B, K = (36, 31) if target.interpreted else (1100, 6)
     logps, ref_logps, scores, mask, *_ = (x.to(target.device) for x in _batch(B, K, True, True))
     options = {"mask": mask, "backend": target.name}
     each = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, reduction="none", **options).loss.double()
-    total = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, reduction=reduction, **options).loss
-    assert total.item() == pytest.approx(getattr(each, reduction)().item(), rel=1e-6)
+    for reduction in ("mean", "sum"):
+        total = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, reduction=reduction, **options).loss
+        assert total.item() == pytest.approx(getattr(each, reduction)().item(), rel=1e-6)
 
 
 def test_two_responses_and_alpha_zero(target):
