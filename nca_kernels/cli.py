@@ -333,7 +333,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     reproduce = commands.add_parser(
         "reproduce",
-        help="the paper's experiments in small: about three hours on two cores, continued where they stopped",
+        help="the paper's experiments in small: hours on two cores, continued where they stopped",
         description="The claims of the paper, asked of small models whose true reward is known (docs/protocol.md). Every run is "
         "kept in OUT/runs as it ends; a later call does those that are missing.",
     )

@@ -1,7 +1,10 @@
-"""The toy world, one alignment run, the demo and its command, at a size of seconds."""
+"""The small models, one alignment run, the demo and its command, at a size of seconds."""
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from nca_kernels import cli
-from nca_kernels.experiments import toy
+from nca_kernels.experiments import samples
 from nca_kernels.experiments.align import Method, align
 from nca_kernels.experiments.tasks import TASKS
+from nca_kernels.experiments.teach import build_model, teach
 from nca_kernels.loss_table import LOSSES
 
 pytestmark = pytest.mark.usefixtures("default_dispatch")
@@ -25,12 +29,12 @@ SUMS, CHAINS = TASKS["sums"], TASKS["chains"]
 def world():
     """A model that knows nothing, and rewarded samples of it: nearly every prompt's differ by a lucky digit."""
     generator = torch.Generator().manual_seed(0)
-    model = toy.build_model(0, hidden_size=16)
+    model = build_model(0, hidden_size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         problems = SUMS.draw(80, generator)
-        responses = toy.sample(model, SUMS.prompts(problems), 4, 4, generator)
-        return model, toy.prefer(model, SUMS, problems, responses, SUMS.rewards(problems, responses), "logits")
+        responses = samples.sample(model, SUMS.prompts(problems), 4, 4, generator)
+        return model, samples.prefer(model, SUMS, problems, responses, SUMS.rewards(problems, responses), "logits")
 
 
 def test_sums():
@@ -69,7 +73,7 @@ def test_samples_follow_the_model(world):
     prompts = SUMS.prompts(SUMS.draw(5, torch.Generator().manual_seed(1)))
     for seed in (2, None):
         generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
-        drawn = toy.sample(model, prompts, K, 4, generators[0]).flatten(0, 1)
+        drawn = samples.sample(model, prompts, K, 4, generators[0]).flatten(0, 1)
         rows = prompts.repeat_interleave(K, 0)
         for _ in range(4):
             logits = model(rows).logits[:, -1]
@@ -130,10 +134,34 @@ def test_paths_agree_and_runs_repeat(world):
 
 
 def test_teaching_ends_at_its_target():
-    model = toy.build_model(0, hidden_size=16)
+    model = build_model(0, hidden_size=16)
     problems = SUMS.draw(1600, torch.Generator().manual_seed(0))
-    losses = toy.teach(model, SUMS, problems, batch_size=32, target=2.2, progress=False)
+    losses = teach(model, SUMS, problems, batch_size=32, target=2.2, progress=False)
     assert 10 <= len(losses) < 50 and sum(losses[-10:]) / 10 <= 2.2 < sum(losses[-11:-1]) / 10
+
+
+TAUGHT = """
+import hashlib, torch
+from nca_kernels.experiments.tasks import TASKS
+from nca_kernels.experiments.teach import build_model, teach
+torch.set_num_threads(1)
+model = build_model(0, hidden_size=32)
+teach(model, TASKS["sums"], TASKS["sums"].draw(1920, torch.Generator().manual_seed(0)), batch_size=32, target=0.1, progress=False)
+print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(b"".join(p.detach().numpy() for p in model.parameters())).hexdigest())
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one set of vector instructions")
+def test_another_cpu_teaches_the_same_weights():
+    """Stands in for another CPU: PyTorch and MKL without vector instructions beyond SSE."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", TAUGHT], env={**os.environ, **other}, check=True, capture_output=True, text=True
+        ).stdout
+        for other in ({}, {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"})
+    ]
+    (here, weights), (there, same) = (line.split() for line in printed)
+    assert here != there and weights == same
 
 
 def test_both_paths_give_the_same_losses(tmp_path, capsys, default_dispatch):

@@ -21,9 +21,10 @@ from nca_kernels.experiments import annotators, inference, optimum, reproduce, r
 from nca_kernels.experiments.align import Method
 from nca_kernels.experiments.questions import DPO, DPO_ALL, NCA, QUESTIONS, SFT
 from nca_kernels.experiments.reproduce import QUICK, Scale
+from nca_kernels.experiments.samples import log_ratios, response_logps, scored_samples
 from nca_kernels.experiments.search import RANGES, TUNING_SEEDS, draws
 from nca_kernels.experiments.tasks import CHARS, TASKS
-from nca_kernels.experiments.toy import build_model, log_ratios, response_logps, scored_samples, sequences
+from nca_kernels.experiments.teach import build_model, sequences
 from nca_kernels.experiments.world import WORLDS, Kind, Size, make_world
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from ..integrations.training.config import NCAConfig
 from ..integrations.training.plots import PlotsCallback
 from ..integrations.training.trainer import NCATrainer
 from ..loss_table import LOSSES
-from .toy import Preferences, response_logps
+from .samples import Preferences, response_logps
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from nca_kernels import __version__, explain
 
 from .align import Method, align
 from .figure import draw_curves
+from .samples import scored_samples
 from .tasks import TASKS
-from .toy import scored_samples
 from .world import WORLDS, Size, World, make_world
 
 TASK = TASKS["sums"]

@@ -22,7 +22,7 @@ from .search import TUNING_SEEDS, Contender
 from .world import WORLDS, Size
 
 # The most runs that one worker takes at a time: they share a world, which takes longer to make than a run.
-CHUNK = 24
+CHUNK = 48
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 
 from . import optimum
 from .align import Curves, Method, align
+from .samples import log_ratios, response_logps, scored_samples
 from .tasks import TASKS
-from .toy import log_ratios, response_logps, scored_samples
 from .world import WORLDS, Size, World, make_world
 
 # Samples of each held-out problem.

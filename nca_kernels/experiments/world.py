@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from .annotators import Annotator, by_rank, exact, heavy_tailed, normal_02, normal_04, normal_08
+from .samples import Preferences, prefer, sample
 from .tasks import TASKS
-from .toy import Preferences, build_model, prefer, sample, teach
+from .teach import build_model, teach
 
 
 @dataclass(frozen=True)

@@ -1,82 +1,24 @@
-"""A tiny Llama, trained from scratch, and samples of it with their rewards.
+"""Samples of the small Llama, their rewards and their log-probs.
 
 The reward is a known function of a response (:mod:`~nca_kernels.experiments.tasks`), so models can be compared exactly.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from nca_kernels import linear_sequence_logps, sequence_logps
 
-from .tasks import CHARS, Task
+from .tasks import Task
+from .teach import IGNORED, sequences
 
-IGNORED = -100
 # Rows of a forward pass without gradients: enough to fill the cores, few enough to stay in their caches.
 ROWS = 512
-
-
-def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
-    """A Llama with random weights; 1.2 M parameters by default.
-
-    It is wide and shallow, with a rope base for a dozen positions: this learns sums in 200 to 400 steps of 64. Four layers of
-    width 128 with the usual base of 10,000 learned next to nothing in that time.
-    """
-    config = LlamaConfig(
-        vocab_size=len(CHARS),
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        initializer_range=0.06,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
-def teach(model: LlamaForCausalLM, task: Task, problems: Tensor, *, batch_size: int, target: float, progress: bool) -> list[float]:
-    """Supervised fine-tuning on the right answers, each seen once, until the loss per token is at most ``target``.
-
-    Returns the losses. The loss falls steeply once the model carries digits; the step where it does depends on the order of the
-    data and on rounding (step 219, step 328), so a fixed number of steps would leave very different models.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.03, total_iters=30)
-    losses: list[float] = []
-    recent: deque[float] = deque(maxlen=10)
-    bar = tqdm(problems.split(batch_size), desc=f"supervised, to a loss of {target}", disable=not progress)
-    for batch in bar:
-        tokens, labels = sequences(task.prompts(batch), task.answers(batch)[:, None])
-        loss = model(tokens[:, 0], labels=labels[:, 0], use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        recent.append(loss.item())
-        bar.set_postfix(loss=f"{loss.item():.2f}")
-        if len(recent) == recent.maxlen and sum(recent) / len(recent) <= target:
-            break
-    return losses
-
-
-def sequences(prompts: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompt and response as one row, [n, K, T], and its labels, which are ``IGNORED`` at the prompt."""
-    repeated = prompts[:, None].expand(-1, responses.shape[1], -1)
-    return torch.cat([repeated, responses], -1), torch.cat([torch.full_like(repeated, IGNORED), responses], -1)
 
 
 @torch.no_grad()
