@@ -104,7 +104,9 @@ def _compile(case):
         cubin.flush()
         run = {"check": True, "capture_output": True, "text": True}
         usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", cubin.name], **run).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], **run).stdout
+        # The instructions of group_loss are not asserted; those of the others are the same without the analysis of data flow.
+        disassembled = name.startswith("token_logps")
+        sass = subprocess.run([tools / "nvdisasm", "-c", "-ndf", cubin.name], **run).stdout if disassembled else ""
     return {
         "capability": capability,
         "name": name,
