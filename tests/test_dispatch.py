@@ -157,7 +157,7 @@ LAYERS = [
     "dispatch",
     "backends",
     "checks",
-    "files",
+    "whole_files",
     "_compat",
 ]
 # The rooms of ``integrations``, by the same rule.

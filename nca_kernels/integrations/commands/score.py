@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from datasets import Dataset
 from tqdm import tqdm
 
-from ... import files
+from ... import whole_files
 from ...scores import score_pairs
 from ..data.collator import GroupCollator, group_logps
 from ..data.load import load_groups, source_rows
@@ -87,7 +87,7 @@ def score_file(
             [beta * (logp - ref) for logp, ref in zip(*both, strict=True)]
             for both in zip(columns["logps"], columns["ref_logps"], strict=True)
         ]
-    with files.replacing(out) as beside, beside.open("w", encoding="utf-8") as file:
+    with whole_files.replacing(out) as beside, beside.open("w", encoding="utf-8") as file:
         for line, *values in zip(lines, *columns.values(), strict=True):
             file.write(json.dumps({**line, **dict(zip(columns, values, strict=True))}, ensure_ascii=False) + "\n")
     print(f"{out}: {len(rows)} prompts, {sum(map(len, columns['logps']))} responses")

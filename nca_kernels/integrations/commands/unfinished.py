@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...files import replacing
+from ...whole_files import replacing
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ... import files
+from ... import whole_files
 from ..data.rows import arrow_batches, longest_sequences, response_counts
 from ..models.heads import causal_lm
 from ..models.main_process import on_main
@@ -190,5 +190,5 @@ def _read(file: Path, size: int) -> Tensor | None:
 
 
 def _write(file: Path, flat: Tensor) -> None:
-    with files.replacing(file) as beside:
+    with whole_files.replacing(file) as beside:
         save_file({"ref_logps": flat}, beside)

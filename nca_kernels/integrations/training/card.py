@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ..._version import __version__
-from ...files import replacing
+from ...whole_files import replacing
 
 CITATION = """```bibtex
 @article{chen2024noise,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ... import files
+from ... import whole_files
 
 RUN = "run.yaml"
 MANIFEST = "checkpoint.json"  # the fingerprint of the run and the size of every file, written last
@@ -33,7 +33,7 @@ def seal(folder: Path, fingerprint: Fingerprint, settings: str) -> None:
     (folder / RUN).write_text(settings, encoding="utf-8")
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     text = json.dumps({"fingerprint": fingerprint, "files": sizes}, indent=1, sort_keys=True)
-    with files.replacing(folder / MANIFEST) as beside:
+    with whole_files.replacing(folder / MANIFEST) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from ... import _compat, files
+from ... import _compat, whole_files
 from ..models.main_process import on_main, print_main
 from . import checkpoints
 from .checkpoints import Checkpoint, Fingerprint
@@ -73,11 +73,11 @@ class ResumableTrainer(Trainer):
         super().save_model(str(beside), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            files.sync_tree(beside)
+            whole_files.sync_tree(beside)
             for path in beside.iterdir():
                 os.replace(path, folder / path.name)
             beside.rmdir()
-            files.sync(folder)
+            whole_files.sync(folder)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -100,7 +100,7 @@ class ResumableTrainer(Trainer):
     def _write_settings(self) -> None:
         folder = Path(self.args.output_dir)
         shutil.rmtree(folder / checkpoints.UNFINISHED, ignore_errors=True)
-        with files.replacing(folder / checkpoints.RUN) as beside:
+        with whole_files.replacing(folder / checkpoints.RUN) as beside:
             beside.write_text(self.run_settings, encoding="utf-8")
 
     def _get_output_dir(self, trial: object) -> str:
@@ -137,7 +137,7 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(beside / "trainer_state.json"))
         checkpoints.seal(beside, self.fingerprint, self.run_settings)
-        files.move_folder(beside, folder)
+        whole_files.move_folder(beside, folder)
         beside.parent.rmdir()
         rotate_checkpoints(
             output_dir=str(folder.parent),
