@@ -14,7 +14,7 @@ from tiny import save_tiny_model
 from training import NF4, plain_logps
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from nca_kernels import cli, files
+from nca_kernels import cli, whole_files
 from nca_kernels.integrations.commands.score import response_logps, score_file
 from nca_kernels.integrations.data.load import load_groups
 from nca_kernels.integrations.data.tokenize import tokenize_groups
@@ -109,11 +109,11 @@ def test_replacing_keeps_links_and_permissions(tmp_path):
     (tmp_path / "a").write_text("old")
     os.chmod(tmp_path / "a", 0o640)
     os.symlink("a", tmp_path / "link")
-    with files.replacing(tmp_path / "link") as beside:
+    with whole_files.replacing(tmp_path / "link") as beside:
         torch.save({}, beside)
     assert os.path.islink(tmp_path / "link") and (tmp_path / "a").stat().st_mode & 0o777 == 0o640
     assert torch.load(tmp_path / "a") == {}
-    with pytest.raises(RuntimeError), files.replacing(tmp_path / "a") as beside:
+    with pytest.raises(RuntimeError), whole_files.replacing(tmp_path / "a") as beside:
         beside.write_text("half")
         raise RuntimeError
     assert torch.load(tmp_path / "a") == {} and not list(tmp_path.glob("*.unfinished"))
