@@ -1,4 +1,4 @@
-"""Reference log-probs, computed once into a file that later runs read."""
+"""Reference log-probs, computed once and stored in a file that later runs read."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..models.heads import causal_lm
 from ..models.main_process import on_main
 from .placement import whole_tensors
 
-# Prompts between two files of an unfinished pass: what a killed run loses at most.
+# Prompts per file of an unfinished pass: a killed run loses at most the results of so many.
 PART = 512
-# What a model's config says of where it lies and how it is run, not of what it computes.
+# Keys of a model's config that do not change what it computes: where it is stored and how it is run.
 _NOT_THE_MODEL = {
     "_name_or_path",
     "transformers_version",
@@ -42,11 +42,11 @@ _NOT_THE_MODEL = {
 def cache_key(weights: str, rows: Dataset, numerics: str) -> str:
     r"""The name of the file that holds the reference log-probs of these rows.
 
-    The token ids stand for the tokenizer, the chat template and the truncation: all that these do is in them.
+    The token ids make the key depend on the tokenizer, the chat template and the truncation.
 
     Args:
-        weights: of :func:`weights_digest`.
-        rows: with ``prompt_ids`` and ``response_ids``; what else they hold does not count.
+        weights: the result of :func:`weights_digest`.
+        rows: rows with ``prompt_ids`` and ``response_ids``; other columns do not count.
         numerics: the mixed precision that the pass runs in, and the dtype of its logits if that is a setting.
     """
     ids = columns_digest(rows.select_columns(["prompt_ids", "response_ids"]))
@@ -66,17 +66,17 @@ def columns_digest(rows: Dataset) -> str:
 
 
 def weights_digest(model: nn.Module, *, base: bool) -> str:
-    """A hash of what the model computes, or with ``base`` its base under PEFT: the bytes of its weights, and its config."""
+    """A hash of the weights and the config of the model, or with ``base`` of its base under PEFT."""
     core = causal_lm(model)
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     digest = xxhash.xxh3_128()
     for name, tensor in whole_tensors(core):
         if base and prefix is not None and (prefix in name or "modules_to_save" in name):
             continue
-        # PEFT puts the layers that it changes one level down.
+        # PEFT moves the layers that it changes one level down, which must not change the hash.
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # a buffer, which its type hides
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # its type hides that it is a buffer
         digest.update(content)
     configs: list[Any] = [core.config]
     if isinstance(model, PeftModel) and not base:
@@ -102,19 +102,20 @@ def reference_logps(
 ) -> list[list[float]]:
     r"""The reference log-prob of every response of every row: read from ``file``, or computed into it.
 
-    The pass is shared among the ranks and saved part by part, so that a run that is killed and started again goes on where it
-    was. Only the main process reads and writes; every file is written under another name and renamed once it is whole.
+    The ranks share the pass and save it in parts, so that a run that is killed and started again continues after the last saved
+    part. Only the main process reads and writes; every file is written under a temporary name and renamed once it is whole.
 
     Args:
-        rows: with ``prompt_ids`` and ``response_ids``.
-        logps: the log-probs of a list of rows, flat, ``[S]``. Called the same number of times on every rank, since a sharded
-            model's forward is collective.
-        file: named by :func:`cache_key`; its folder is made. Unfinished parts lie in a folder beside it.
-        batch_size: rows a call.
-        progress: show a bar, on the main process.
+        rows: rows with ``prompt_ids`` and ``response_ids``.
+        logps: computes the log-probs of a list of rows, flat, ``[S]``. It is called the same number of times on every rank,
+            because the forward of a sharded model is collective.
+        file: a file named by :func:`cache_key`; its folder is created. A folder of the same name without suffix holds the parts
+            of an unfinished pass.
+        batch_size: rows per call of ``logps``.
+        progress: show a progress bar on the main process.
 
     Raises:
-        ValueError: a file that is not what this function wrote.
+        ValueError: a file was not written by this function, or a log-prob is not finite.
     """
     counts = response_counts(rows)
     flat = on_main(accelerator, _read, file, sum(counts))
@@ -132,7 +133,7 @@ def _computed(
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    # The longest first: rows of a batch are then of a length, and a batch too large for the memory fails at once.
+    # The longest rows come first: a batch then has rows of similar length, and one that does not fit in memory fails at once.
     order = (-longest_sequences(rows)).argsort(kind="stable").tolist()
     bar = tqdm(total=len(rows), desc="Reference log-probs", disable=not (progress and accelerator.is_main_process))
     row_logps: dict[int, Tensor] = {}
@@ -167,10 +168,10 @@ def _refuse_not_finite(flat: Tensor, rows: list[int], counts: list[int]) -> None
 
 
 def _shared(rows: Dataset, batches: list[list[int]], logps: Callable[[list[dict]], Tensor], accelerator: Accelerator) -> Tensor:
-    """The log-probs of all batches, each rank computing its share."""
+    """The log-probs of all batches; each rank computes its share."""
     mine = {}
     for turn in range(0, len(batches), accelerator.num_processes):
-        # Where the last turn has fewer batches than ranks, some compute the last batch once more.
+        # If the last turn has fewer batches than ranks, the other ranks repeat the last batch: the forward may be collective.
         i = min(turn + accelerator.process_index, len(batches) - 1)
         mine[i] = logps([rows[j] for j in batches[i]]).float().cpu()
     everyone = dict(pair for share in gather_object([mine]) for pair in share.items())

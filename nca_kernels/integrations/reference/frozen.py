@@ -1,4 +1,4 @@
-"""A model as a reference: without dropout, without gradients and, where it is the policy under PEFT, without its adapter."""
+"""Runs a model as a reference: without dropout, without gradients and, for the policy under PEFT, without its adapter."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .placement import whole_tensors
 
 @contextmanager
 def as_reference(model: nn.Module, *, base: bool) -> Iterator[None]:
-    """Inside it the model computes what it did before training; with ``base``, what its base does, under PEFT."""
+    """Run ``model`` without dropout and gradients in this context; with ``base`` and PEFT, also without its adapter."""
     with evaluating(model), _adapter_disabled(model) if base and isinstance(model, PeftModel) else nullcontext():
         yield
 
 
 @contextmanager
 def _adapter_disabled(model: PeftModel) -> Iterator[None]:
-    # PEFT freezes the trained copies of layers inside, and thaws them after it. FSDP2 has a layer's weight in two tensors, whole
-    # and in shards, of which it would freeze one and thaw the other: so the shards must be in place both times.
+    # disable_adapter freezes the trained copies of layers and unfreezes them at its end. FSDP2 keeps the weight of a layer as two
+    # tensors, gathered and sharded. The shards must be in place both times, or PEFT freezes one tensor and unfreezes the other.
     reshard(model)
     with model.disable_adapter():
         try:
@@ -36,19 +36,19 @@ def _adapter_disabled(model: PeftModel) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put FSDP2's shards in the place of the weights that it has left whole after a forward."""
+    """Replace the weights that FSDP2 has left gathered after a forward by their shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def adapter_changes_nothing(model: PeftModel) -> bool:
-    """Whether the base computes what the model does: LoRA whose second factor is zero, and copies equal to what they copy.
+    """Whether the base computes the same as the model: LoRA's second factors are zero, and copied layers equal their originals.
 
-    False for adapters of other kinds, of which this is not known.
+    False for other kinds of adapters, because for them this is not known.
     """
     tuner = model.base_model
-    if not isinstance(tuner, BaseTuner):  # virtual tokens, before a base that PEFT leaves as it is
+    if not isinstance(tuner, BaseTuner):  # virtual tokens (prompt or prefix tuning); the base has no PEFT layers
         return False
     for name, tensor in whole_tensors(model):
         kind = next((part for part in name.split(".") if part.startswith(tuner.prefix)), None)

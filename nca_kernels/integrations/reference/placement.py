@@ -1,4 +1,4 @@
-"""Where a model lies for a forward outside the training loop: on this rank's device, or sharded where the run is."""
+"""Places a model for a forward outside the training loop: on this rank's device, or sharded if the run is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The model on this rank's device, sharded by FSDP or ZeRO-3 where the run is, in the dtype that the run computes in."""
+    """Move the model to this rank's device, sharded by FSDP or ZeRO-3 if the run is, in the dtype in which the run computes."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         place_for_deepspeed(model, accelerator)
         return _zero3_engine(model, accelerator).module if _is_zero3(accelerator) else model
@@ -28,16 +28,16 @@ def to_device_or_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         return to_device(model, accelerator.device)
     if is_sharded(model):
         return model
-    # accelerate shards a model only together with an optimizer of it; the run's own is made when training starts.
+    # accelerate shards a model only together with an optimizer; the run's own does not exist before training starts.
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     return model
 
 
 @contextmanager
 def checkpointed_once(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Inside it, accelerate prepares a model that it has sharded before without wrapping its layers in checkpoints once more.
+    """Within this context, accelerate does not wrap the layers of a sharded model for activation checkpointing a second time.
 
-    It wraps them at every ``prepare``, and does not find them in a model that has them wrapped.
+    accelerate wraps the layers at every ``prepare``, and does not find layers that are already wrapped.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     wrapped = any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
@@ -52,7 +52,7 @@ def checkpointed_once(model: nn.Module, accelerator: Accelerator) -> Iterator[No
 
 
 def place_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> None:
-    """Do what DeepSpeed does to a model when training starts: it has no autocast and casts the weights to ``bf16`` or ``fp16``."""
+    """Place a model as DeepSpeed does when training starts: it uses no autocast and casts weights to ``bf16`` or ``fp16``."""
     dtype = _deepspeed_dtype(accelerator)
     if dtype != torch.float32:
         model.to(dtype)
@@ -62,7 +62,7 @@ def place_for_deepspeed(model: nn.Module, accelerator: Accelerator) -> None:
 
 @contextmanager
 def zero3_for_forward(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Inside it, a policy runs that ``zero.Init`` has split among the ranks, before the engine that trains it is made."""
+    """Within this context, a policy that ``zero.Init`` has split among the ranks can run before its training engine exists."""
     if not _is_split(model) or accelerator.distributed_type != DistributedType.DEEPSPEED:
         yield
         return
@@ -70,7 +70,7 @@ def zero3_for_forward(model: nn.Module, accelerator: Accelerator) -> Iterator[No
     try:
         yield
     finally:
-        engine.destroy()  # the hooks, in whose place the engine of the training puts its own
+        engine.destroy()  # removes its hooks; the training engine adds its own
 
 
 def _is_zero3(accelerator: Accelerator) -> bool:
@@ -99,12 +99,12 @@ def _zero3_engine(model: nn.Module, accelerator: Accelerator) -> Any:
 
 
 def to_device(model: Model, device: torch.device | str) -> Model:
-    """The model on the device, unless it was placed when it was loaded: by a ``device_map``, offloaded, or quantised."""
+    """Move the model to the device, unless loading has placed it already (by a ``device_map``, offloaded or quantised)."""
     return model if is_offloaded(model) or getattr(model, "quantization_method", None) else model.to(device)
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate brings the weights to a device when they are used."""
+    """Whether accelerate moves the weights to a device when they are used."""
     return any(_compat.execution_device(module) is not None for module in model.modules())
 
 
@@ -117,13 +117,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model that is whole on every rank, of a model that ZeRO-3 has split as well."""
+    """A copy of the model that is whole on every rank, even if ZeRO-3 has split the model."""
     with _gathered([p for p in model.parameters() if hasattr(p, "ds_id")]):
         return copy.deepcopy(model)
 
 
 def whole_tensors(core: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the state of a model that may be sharded by FSDP or ZeRO-3, or offloaded. Collective where sharded."""
+    """Names and whole values of a model's state, which may be sharded by FSDP or ZeRO-3, or offloaded. Collective if sharded."""
     for name, tensor in core.state_dict(keep_vars=True).items():
         if isinstance(tensor, DTensor):
             yield name, tensor.full_tensor().detach()

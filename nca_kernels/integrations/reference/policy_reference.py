@@ -1,4 +1,4 @@
-"""The reference of a policy: which model gives its log-probs, where that model lies, and where they are kept."""
+"""The reference of a policy: which model computes the reference log-probs, on which device, and where they are stored."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class ReferenceOptions(NamedTuple):
 class PolicyReference:
     r"""The reference log-probs of a policy's rows and batches.
 
-    With ``reference="precompute"`` they become a column of the rows, once, through a cache on disk. With ``"model"`` they are
-    computed for every batch. The model that computes them is, in this order: the ``ref_model`` that was given; the base of a policy
+    With ``reference="precompute"`` they are computed once, cached on disk and added to the rows as a column. With ``"model"`` they
+    are computed for every batch. The model that computes them is the first of these: the given ``ref_model``; the base of a policy
     whose adapter changes nothing yet; for ``"model"`` a frozen copy of the policy; for ``"precompute"`` the policy itself, before
-    training. So without a ``ref_model`` the reference is the policy at its start.
+    training. Without a ``ref_model`` the reference is therefore the initial policy.
 
     Args:
-        ref_model: a model of its own, or ``None``.
-        policy: as it is before training.
+        ref_model: a separate model, or ``None``.
+        policy: the policy before training.
         compute_logps: ``(model, batch) -> [B, K]``, log-probs of a batch on the model's device.
-        collate: rows to a batch on that device.
-        accelerator: of the run; a model is sharded where the run is.
+        collate: makes a batch on that device from rows.
+        accelerator: the run's; a reference model is sharded if the run is.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PolicyReference:
         self._model = None if ref_model is None else self._placed(ref_model)
 
     def keep_copy(self, policy: nn.Module) -> None:
-        """Keep a frozen copy of the policy where the log-probs of every step need one."""
+        """Keep a frozen copy of the policy if no other model can compute the reference log-probs of every step."""
         if self._model is None and self._options.reference == "model" and not self._is_base:
             self._model = self._placed(frozen_copy(policy))
 
@@ -70,20 +70,20 @@ class PolicyReference:
         return to_device_or_shard(model.requires_grad_(False), self._accelerator)
 
     def release(self) -> None:
-        """Let the reference model go once all rows have their log-probs."""
+        """Release the reference model if it only had to precompute log-probs."""
         if self._options.reference == "precompute":
             self._model = None
 
     def rows_with_ref_logps(self, name: str, rows: Dataset, policy: nn.Module, *, trained: bool) -> Dataset:
-        """The rows with the reference log-probs that they lack, if these are to be computed now.
+        """The rows, with missing reference log-probs added if the run precomputes them.
 
         Args:
-            name: what errors call the rows.
-            policy: as it is now.
-            trained: whether it has been trained since the run began.
+            name: the name of the rows in errors.
+            policy: the policy in its current state.
+            trained: whether the policy has been trained since the run began.
 
         Raises:
-            ValueError: no model is left that gives the reference log-probs.
+            ValueError: no model is left that can compute the reference log-probs.
         """
         missing = missing_ref_logps(rows)
         if missing is None:
@@ -106,13 +106,13 @@ class PolicyReference:
         return with_ref_logps(rows, ref_logps)
 
     def flat_logps(self, model: nn.Module, rows: list[dict]) -> Tensor:
-        """The log-probs of all responses of ``rows``, one after the other, ``[S]``."""
+        """The log-probs of all responses of ``rows`` in order, ``[S]``."""
         batch = self._collate(rows)
         return self._compute_logps(model, batch)[batch["mask"]]
 
     @torch.no_grad()
     def batch_logps(self, batch: Batch, policy: nn.Module, *, trained: bool) -> Tensor:
-        """The reference log-probs of a batch, ``[B, K]``: its own, or computed by the reference model."""
+        """The reference log-probs of a batch, ``[B, K]``: the batch's own if it has them, else computed by the reference model."""
         if "ref_logps" in batch:
             return batch["ref_logps"]
         model = self._model_for(policy, "ref_logps", trained)

@@ -1,4 +1,4 @@
-"""Prompts in batches of similar length, so that little of a batch is padding."""
+"""A sampler that puts prompts of similar length into a batch, which leaves little padding."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch.utils.data import Sampler
 
 
 class LengthSampler(Sampler[int]):
-    """Every row once an epoch, batches of similar length, in an order that seed and epoch decide.
+    """Yields every row once per epoch, in batches of similar length. The order depends only on the seed and the epoch.
 
     transformers' own ``LengthGroupedSampler`` takes its order from the global random state, which differs between a run and the
-    same run resumed, and sorts within fifty batches, which leaves twice the padding where lengths have a long tail.
+    same run resumed. It also sorts within groups of fifty batches, which leaves twice the padding if lengths have a long tail.
 
     Args:
-        lengths: of each row what it costs in a batch, in tokens.
-        batch_size: rows of a step.
+        lengths: the cost of each row in a batch, in tokens.
+        batch_size: rows per step.
+        seed: determines the order, together with the epoch.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
@@ -33,9 +34,9 @@ class LengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         lengths = torch.tensor(self._lengths, dtype=torch.float32)
-        # A tenth of noise: a batch has other prompts in each epoch, of nearly the same length.
+        # Up to 10% of noise, so that each epoch groups other prompts of nearly the same length.
         batches = (lengths * (1 + 0.1 * torch.rand(len(lengths), generator=generator))).argsort().split(self._batch_size)
-        # Only the last batch may be smaller, so the short one stays there.
+        # The data loader cuts this order into batches, so an incomplete batch must stay last.
         whole = [batch for batch in batches if len(batch) == self._batch_size]
         order = torch.randperm(len(whole), generator=generator).tolist()
         rest = batches[len(whole) :]

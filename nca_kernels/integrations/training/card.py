@@ -25,14 +25,14 @@ _METRICS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best_change", "
 
 
 class Training(NamedTuple):
-    """What a card tells of a run.
+    """The facts of a run that its card reports.
 
     Attributes:
         base: the model that training started from; a folder or a name on the hub.
-        data: name and description of each data set, by what it was for.
-        settings: names and values of the loss and its parameters.
-        command: the words that started the run.
-        metrics: of the last log and of the last evaluation, by the names of the log.
+        data: the name and a description of each data set; the keys say what it was used for.
+        settings: names and values of the loss, its parameters and the steps.
+        command: the command line that started the run.
+        metrics: the metrics of the last log and of the last evaluation, by their names in the log.
     """
 
     base: str
@@ -43,7 +43,7 @@ class Training(NamedTuple):
 
 
 def write_card(folder: Path, training: Training, *, adapter: bool) -> None:
-    """Write ``folder/README.md``, in the place of one that a library wrote when it saved the model."""
+    """Write ``folder/README.md``. It replaces the card that a library may have written when it saved the model."""
     with replacing(folder / "README.md") as file:
         file.write_text(card(training, adapter=adapter), encoding="utf-8")
 
@@ -90,7 +90,7 @@ def _result(metrics: Mapping[str, float]) -> str:
 
 
 def _license(base: str) -> str | None:
-    """The licence in the card of a base that lies in a folder."""
+    """The licence that the base model's own card names; None if the base is not a local folder or its card names none."""
     file = Path(base) / "README.md"
     if not file.is_file():
         return None

@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or not there, and that know which run they belong to."""
+"""Checkpoints that are written whole or not at all, and that record which run wrote them.
+
+A checkpoint is whole if it has a manifest and every file that the manifest names, each of the recorded size.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,23 @@ from ... import whole_files
 
 RUN = "run.yaml"
 MANIFEST = "checkpoint.json"  # the fingerprint of the run and the size of every file, written last
-UNFINISHED = "_unfinished"  # checkpoints are written in this folder; push_to_hub leaves it out, for its underscore
+UNFINISHED = "_unfinished"  # a folder for checkpoints that are being written; the underscore makes push_to_hub skip it
 
 Fingerprint = dict[str, object]
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint on disk, and what speaks against resuming from it (``None``: nothing)."""
+    """A checkpoint on disk, and the reasons not to resume from it (``None`` where there is no such reason)."""
 
     folder: Path
     step: int
     problem: str | None
-    another_run: str | None  # how the run that wrote it differs
-    weights_only: bool  # no state of the optimizer
+    another_run: str | None  # the differences to the run that wrote it
+    weights_only: bool  # it has no optimizer state
 
 
 def seal(folder: Path, fingerprint: Fingerprint, settings: str) -> None:
-    """Add to a written checkpoint the run's settings and its manifest, after which it is whole."""
+    """Add the run's settings and then the manifest to a written checkpoint, which makes it whole."""
     (folder / RUN).write_text(settings, encoding="utf-8")
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     text = json.dumps({"fingerprint": fingerprint, "files": sizes}, indent=1, sort_keys=True)
@@ -38,7 +41,7 @@ def seal(folder: Path, fingerprint: Fingerprint, settings: str) -> None:
 
 
 def examine(folder: Path, fingerprint: Fingerprint) -> Checkpoint:
-    """Whether a checkpoint is whole and of the run with this fingerprint."""
+    """Report whether a checkpoint is whole and whether the run with this fingerprint wrote it."""
     step = int(folder.name.rpartition("-")[2]) if _is_numbered(folder) else 0
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -56,13 +59,13 @@ def examine(folder: Path, fingerprint: Fingerprint) -> Checkpoint:
 
 
 def checkpoints(output_dir: Path, fingerprint: Fingerprint) -> list[Checkpoint]:
-    """All of a folder, the newest first."""
+    """All checkpoints in ``output_dir``, newest first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _is_numbered(path)]
     return sorted((examine(folder, fingerprint) for folder in folders), key=lambda found: -found.step)
 
 
 def differences(ours: object, theirs: object, name: str = "") -> Iterator[str]:
-    """What differs between two fingerprints, by name: "beta: 0.5 there, 0.1 here"."""
+    """Yield each difference between two fingerprints with its name, such as "beta: 0.5 there, 0.1 here"."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted({*ours, *theirs}):
             yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)

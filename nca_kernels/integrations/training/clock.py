@@ -1,4 +1,4 @@
-"""How a run's time is spent: how much of it in the head and the loss."""
+"""Measures how much of a run's time the head and the loss take."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..models.heads import causal_lm
 class LossClock:
     r"""Times the head and the loss, forward and backward, from the last hidden states to their gradient.
 
-    Forward: from the call of the head (after FSDP has gathered its weights) to the end of the loss. Backward: from its begin to
-    the gradient of the head's input. On a GPU by CUDA events, which are read when the seconds are asked for; elsewhere by
-    the clock on the wall. A model whose hidden states need no gradient is timed in its forward alone.
+    The forward span runs from the call of the head (after FSDP has gathered its weights) to the end of the loss. The backward
+    span runs from the start of the backward pass to the gradient of the head's input. On a GPU, CUDA events mark the spans and
+    are read by :meth:`seconds`; elsewhere the wall clock does. If the hidden states need no gradient, only the forward is timed.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []  # of CUDA events, or of seconds
+        self._spans: list[tuple[Any, Any]] = []  # (start, end) as CUDA events, or in seconds
         self._begun: Any = None
 
     def seconds(self) -> float:
-        """Since last asked. On a GPU everything must have been synchronized: as it is where a loss has been read."""
+        """The seconds since the last call. On a GPU the caller must have synchronized, for instance by reading a loss."""
         spans, self._spans = self._spans, []
         return sum(begun.elapsed_time(ended) / 1e3 if self._cuda else ended - begun for begun, ended in spans)
 
     @contextmanager
     def from_head(self, model: nn.Module) -> Iterator[None]:
-        """Around the forward of ``model`` and the loss, whose value goes to :meth:`watch` after it."""
+        """Time the forward of ``model`` and the loss within this context. Pass the loss to :meth:`watch` afterwards."""
 
         def begin(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._begun = self._now()
@@ -48,7 +48,7 @@ class LossClock:
         self._end()
 
     def watch(self, loss: Tensor) -> None:
-        """Begin anew when the backward of ``loss`` does."""
+        """Start the backward span when the backward pass of ``loss`` starts."""
         loss.register_hook(lambda _: self._begin())
 
     def _begin(self) -> None:

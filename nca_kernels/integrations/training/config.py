@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 REFERENCES = ("precompute", "model")
 LOGITS_DTYPES = {"float32": torch.float32}
-# The keys that only some losses read, and the argument of the loss that each decides.
+# The keys that only some losses read, each with the argument of the loss that it sets.
 _OF_SOME_LOSSES = {"alpha": "alpha", "pairs": "pairs", "kto_threshold": "desirable"}
 
 
@@ -30,9 +30,9 @@ def _option(default: Any, about: str) -> Any:
 
 @dataclass
 class NCAConfig(TrainingArguments):
-    r"""``transformers.TrainingArguments``, and what K-way alignment adds to them.
+    r"""``transformers.TrainingArguments`` with the settings of K-way alignment.
 
-    A batch counts prompts: ``per_device_train_batch_size`` prompts with all their responses.
+    Batch sizes count prompts: a batch holds ``per_device_train_batch_size`` prompts with all their responses.
 
     Args:
         loss: ``"info_nca"``, ``"nca"``, ``"dpo"``, ``"ipo"``, ``"kto"``, ``"plackett_luce"`` or ``"biased_nca"``
@@ -69,18 +69,20 @@ class NCAConfig(TrainingArguments):
         max_bad_losses: >= 1; so many micro-batches in a row with a NaN or infinite loss stop the run, at the next log. A model
             whose last loss or weights are not finite is never saved.
 
-    ``train_sampling_strategy="group_by_length"`` puts prompts of similar length into a batch: by their longest sequences, or with
-    ``share_prompt`` by the tokens of a prompt and all its responses; the order depends on ``data_seed`` (or ``seed``) and the epoch
-    alone.
+    ``train_sampling_strategy="group_by_length"`` puts prompts of similar length into a batch. The length of a prompt is that of its
+    longest sequence, or with ``share_prompt`` the number of tokens of the prompt and all its responses. The order depends only on
+    ``data_seed`` (``seed`` if that is None) and the epoch.
 
-    Other defaults than in transformers: ``learning_rate`` 5e-6, the authors'; ``logging_steps`` 10, for runs of a few hundred
-    steps; ``remove_unused_columns`` false, since a batch is not passed as ``model(**batch)``; ``logging_nan_inf_filter`` false,
-    since it would hide a loss that is NaN, and costs a host sync at every step.
+    These defaults differ from those of transformers. ``learning_rate`` is 5e-6, the authors' value. ``logging_steps`` is 10, for
+    runs of a few hundred steps. ``remove_unused_columns`` is false, because batches are not passed as ``model(**batch)``.
+    ``logging_nan_inf_filter`` is false, because it would hide a loss that is NaN and costs a host sync at every step.
 
-    ``alpha``, ``pairs`` and ``kto_threshold`` give a warning where the loss does not read them and they are not at their defaults.
+    A warning is logged if ``alpha``, ``pairs`` or ``kto_threshold`` differs from its default and the loss does not read it.
 
     Raises:
-        ValueError, TypeError: an argument out of range, by name; ``label_smoothing_factor``, which is of losses over tokens.
+        ValueError, TypeError: an argument has a wrong type or is out of range (the message names it), or a setting of transformers
+            contradicts K-way alignment: ``label_smoothing_factor``, which smooths losses over tokens, ``remove_unused_columns``
+            or ``dispatch_batches``.
 
     Source: Chen et al. 2024 (arXiv 2402.05369).
 

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one line a log for people, and all metrics as JSON lines in a file."""
+"""The output of a run while it trains: one readable line per log, and a file with all metrics as JSON lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 LOG = "log.jsonl"
 
-# The words of the line, the metric each shows, and how.
+# Each label of the line, the metric that it shows, and the format.
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("accuracy", "rewards/accuracy", "{:.1%}"),
@@ -26,7 +26,7 @@ _SHOWN = (
 class ConsoleCallback(TrainerCallback):
     """Prints a line for each log and appends the log, with its step, to ``<output_dir>/log.jsonl``.
 
-    In the place of the callbacks of transformers, which print every metric under its raw name.
+    It replaces the callbacks of transformers, which print every metric under its raw name.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class ConsoleCallback(TrainerCallback):
 
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int, seconds_left: float | None) -> str:
-    """The line of a log of training or of an evaluation; empty for the summary that ends a run."""
+    """The line for a log of training or evaluation; empty for the summary at the end of a run."""
     evaluated = any(name.startswith("eval_") for name in logs)
     if not evaluated and "loss" not in logs:
         return ""
@@ -68,7 +68,7 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, seconds_left: float
 
 
 def _is(name: str, metric: str, evaluated: bool) -> bool:
-    """Whether a log's name is of this metric: of several evaluation sets, each has its name before it."""
+    """Whether ``name`` in a log is this metric. With several evaluation sets, the set's name precedes that of the metric."""
     if not evaluated:
         return name == metric
     return name == f"eval_{metric}" or (name.startswith("eval_") and name.endswith(f"_{metric}"))

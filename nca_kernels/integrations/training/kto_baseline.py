@@ -17,8 +17,8 @@ class KTOBaseline:
     ``z = mean(log pi(y' | x) - log pi_ref(y' | x))`` with ``y'`` a response to another prompt, in nats; no gradients.
 
     Args:
-        log_ratios: of a batch with one response a prompt, ``[B, 1]``, without gradients.
-        accelerator: of the run, whose ranks share one baseline.
+        log_ratios: computes ``logps - ref_logps`` of a batch with one response per prompt, ``[B, 1]``, without gradients.
+        accelerator: the run's; all ranks share one baseline.
 
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306).
     """
@@ -28,7 +28,7 @@ class KTOBaseline:
 
     @torch.no_grad()
     def __call__(self, batches: Iterable[Batch]) -> Tensor:
-        """The baseline of these batches: those of a step, or of an evaluation. One collective."""
+        """The baseline of the batches of a step or an evaluation. It takes one collective."""
         sums = torch.zeros(2, device=self._accelerator.device)
         for batch in batches:
             exists = batch["mask"].any(1).to(sums.device)

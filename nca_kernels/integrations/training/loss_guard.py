@@ -1,4 +1,4 @@
-"""Stops a run whose loss or weights are no longer finite, before it spends its time on them or saves them."""
+"""Detects a loss or weights that are not finite, so that a run stops before it wastes time on them or saves them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LossGuard:
         self._in_a_row = torch.where(loss.isfinite(), torch.zeros_like(self._in_a_row), self._in_a_row + 1)
 
     def in_a_row(self) -> int:
-        """The largest count of all ranks. One collective and one host sync."""
+        """The largest count of all ranks. It takes one collective and one host sync."""
         return int(self._accelerator.gather(self._in_a_row[None]).max())
 
     def weights_are_finite(self, weights: Iterable[Tensor]) -> bool:
-        """Whether all weights are finite on all ranks, of which each looks at its own shard. One collective and one host sync."""
+        """Whether all weights are finite; each rank checks its own shards. It takes one collective and one host sync."""
         bad = torch.zeros((), device=self._accelerator.device)
         for tensor in weights:
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""What a run says of itself: sums over prompts, kept on the device and read, over all ranks, when they are logged."""
+"""The metrics of a run: sums over prompts that stay on the device and are read over all ranks when they are logged."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ _SCALARS = ("loss", "rewards/accuracy", "rewards/margin", "logps/best", "logps/w
 
 
 class TokenSums(NamedTuple):
-    """Sums over the labelled tokens of each response, all ``[B, K]``; what ``mask`` leaves out does not count."""
+    """Sums over the labelled tokens of each response, all ``[B, K]``. Responses that ``mask`` excludes do not count."""
 
     lengths: Tensor  # the number of tokens
     entropy: Tensor  # nats
-    top1: Tensor  # the number of labels that are their row's maximum
+    top1: Tensor  # the number of labels that are the most probable token at their position
 
 
 class GroupMetrics:
     r"""Means over the prompts, pairs and responses seen since they were last read.
 
     - ``loss``: over prompts.
-    - ``rewards/rank_1``, ``rewards/rank_2``, ...: the implicit reward of the best-scored response, of the second, ...; equal
-      scores rank in the order of the columns. Of prompts that have so many responses.
-    - ``rewards/accuracy``: of all pairs of different scores, the share whose implicit rewards are in the same order.
-    - ``rewards/margin``: the best's implicit reward minus the worst's, of prompts whose scores differ.
-    - ``logps/best``, ``logps/worst``: their log-probs; ``logps/best_change``: the best's minus its reference log-prob, so its
-      change since the start where the reference is the model that training starts from.
-    - ``kl``: ``- mean(logp - ref_logp)`` over all responses. It estimates KL(reference || policy), without bias, where the
-      reference sampled the responses; elsewhere it is a mean drift and may be negative.
+    - ``rewards/rank_1``, ``rewards/rank_2``, ...: the implicit reward of the best-scored response, of the second-best, ...; equal
+      scores are ranked in the order of their columns. Each is a mean over the prompts that have that many responses.
+    - ``rewards/accuracy``: the share of all pairs with different scores whose implicit rewards are in the same order.
+    - ``rewards/margin``: the implicit reward of the best-scored response minus that of the worst-scored one, over the prompts
+      whose scores differ.
+    - ``logps/best``, ``logps/worst``: the log-probs of the best- and worst-scored response, over all prompts.
+    - ``logps/best_change``: ``logps/best`` minus the reference log-prob of the same response. It is the change since the start of
+      training if the reference is the initial model.
+    - ``kl``: ``- mean(logp - ref_logp)`` over all responses. If the reference sampled the responses, it is an unbiased estimate of
+      KL(reference || policy); otherwise it is a mean drift and may be negative.
     - ``entropy/best``, ``token_accuracy/best``, if token sums are given: over all labelled tokens of the best-scored responses, the
       mean entropy of the policy's next-token distribution, in nats, and the share whose label is its most probable token.
 
-    Under ``average`` rewards, log-probs and ``kl`` are averages over a response's tokens, and not sums.
+    With ``average``, rewards, log-probs and ``kl`` are averages over a response's tokens, not sums.
 
-    ``tokens`` is their sum: of those that went through the policy, without padding.
+    ``tokens`` is a sum: the number of tokens that went through the policy, without padding.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,7 @@ class GroupMetrics:
         tokens: Tensor,
         token_sums: TokenSums | None = None,
     ) -> None:
-        """No host sync: the sums stay where the rewards are."""
+        """Add a batch. There is no host sync: the sums stay on the device of the rewards."""
         there = mask.any(1)
         counts = mask.sum(1)
         order = scores.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -83,7 +85,7 @@ class GroupMetrics:
             *_best_tokens(token_sums, order[:, :1], there),
             tokens,
         ]
-        # Float64, for the tokens of an evaluation pass 2^24; it is a few dozen numbers.
+        # In float64, because an evaluation may have more than 2^24 tokens; these are a few dozen numbers.
         by_rank = torch.stack([ranked.sum(0), (torch.arange(mask.shape[1], device=mask.device) < counts[:, None]).sum(0)], 1)
         self._add(torch.cat([torch.stack([value.double() for value in sums]), by_rank.double().flatten()]))
 
@@ -91,11 +93,11 @@ class GroupMetrics:
         if self._sums is None:
             self._sums = sums
             return
-        size = max(len(self._sums), len(sums))  # as many ranks as the prompt with the most responses
+        size = max(len(self._sums), len(sums))  # batches differ in K, and each rank of a score has its own sums
         self._sums = F.pad(self._sums, (0, size - len(self._sums))) + F.pad(sums, (0, size - len(sums)))
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks, and a new beginning. One collective and one host sync."""
+        """Return the means over all processes and reset the sums. It takes one collective and one host sync."""
         sums = accelerator.pad_across_processes(self._sums)
         total = accelerator.reduce(sums, "sum").tolist()
         self._sums = None
@@ -110,7 +112,7 @@ class GroupMetrics:
 
 
 def _best_tokens(sums: TokenSums | None, best: Tensor, there: Tensor) -> list[Tensor]:
-    """The sum and the count of each metric of ``_OF_TOKENS``, of the responses in the columns ``best`` ``[B, 1]``."""
+    """The sum and the count of each metric of ``_OF_TOKENS``, over the responses in the columns ``best`` ``[B, 1]``."""
     if sums is None:
         return [there.new_zeros(())] * (2 * len(_OF_TOKENS))
     lengths, entropy, top1 = ((values.gather(1, best)[:, 0] * there).sum() for values in sums)

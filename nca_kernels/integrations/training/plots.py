@@ -1,4 +1,4 @@
-"""The curves of a run, one figure for each metric, in a folder ``plots`` beside its checkpoints."""
+"""Draws the curves of a run, one figure for each metric, into the folder ``plots`` of its output directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 Points = list[tuple[int, float]]
 
-# Numbers in the log that are no metric of the model: clocks, counters, and the summary that ends a run.
+# Numbers in the log that are not metrics of the model: times, counters, and the summary at the end of a run.
 _NO_METRIC = (
     "step",
     "epoch",
@@ -39,10 +39,11 @@ class PlotsCallback(TrainerCallback):
 def draw_curves(log_history: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Draw a PNG for each metric that was logged at two steps or more, and return the files.
 
-    Training and evaluation share a figure, the evaluation dashed; so do the rewards of all ranks, each rank in a colour of its own.
+    Training and evaluation share a figure, where evaluation is dashed. The rewards of all ranks of a score share one too, and each
+    rank has its own colour.
 
     Args:
-        log_history: of the trainer's state: for each log its metrics and its ``step``.
+        log_history: that of the trainer's state: for each log its metrics and its ``step``.
         folder: created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def _figure(metric: str, curves: dict[str, Points]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     names = sorted(dict.fromkeys(name.removeprefix("eval_") for name in curves), key=_by_rank)
-    # Ranks have an order, so their colours have one too; there are as many as there are ranks.
+    # Ranks are ordered, so their colours come from an ordered colour map, one for each rank.
     colors = [colormaps["viridis"](i / max(len(names) - 1, 1) * 0.9) for i in range(len(names))]
     for name, points in sorted(curves.items(), key=lambda item: _by_rank(item[0].removeprefix("eval_"))):
         evaluated = name.startswith("eval_")
@@ -89,6 +90,6 @@ def _figure(metric: str, curves: dict[str, Points]) -> Figure:
 
 
 def _by_rank(name: str) -> tuple[str, int]:
-    """``rewards/rank_10`` after ``rewards/rank_9``."""
+    """A sort key that puts ``rewards/rank_10`` after ``rewards/rank_9``."""
     number = name.removeprefix(_RANK)
     return (_RANK, int(number)) if number != name and number.isdigit() else (name, 0)

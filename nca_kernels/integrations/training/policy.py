@@ -1,4 +1,4 @@
-"""The models of a trainer: the policy, loaded and with its adapter, and a separate reference model."""
+"""Loads and checks the models of a trainer: the policy with its adapter, and a separate reference model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def policy_of(
     seed: int,
     model_init_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """The model, loaded if it is a name, with a new adapter if there is a ``peft_config``."""
+    """Return the policy: ``model``, loaded if it is a name, with a new adapter if ``peft_config`` is given."""
     if isinstance(model, (str, os.PathLike)):
         model = _loaded(os.fspath(model), peft_config is not None, model_init_kwargs or {})
     if not isinstance(model, nn.Module):
@@ -36,7 +36,7 @@ def policy_of(
         return model
     if isinstance(model, PeftModel) or _compat.has_injected_adapter(model):
         raise ValueError("peft_config: model has an adapter already; wanted one or the other, or the adapter merged into the model")
-    set_seed(seed)  # of the adapter's weights
+    set_seed(seed)  # the adapter's first weights are random
     model = get_peft_model(model, peft_config)
     _materialise(model)
     _refuse_frozen(model)
@@ -44,7 +44,7 @@ def policy_of(
 
 
 def _materialise(model: PeftModel) -> None:
-    """Give an adapter on an offloaded base its weights: PEFT puts them where the base's are, which is nowhere until it runs."""
+    """Allocate an adapter on an offloaded base: PEFT creates it on the base's device, which is meta until the base runs."""
     for name, layer in model.named_modules():
         if not any(p.is_meta and p.requires_grad for p in layer.parameters()) or not isinstance(layer, LoraLayer):
             continue
@@ -76,7 +76,7 @@ def _refuse_frozen(model: nn.Module) -> None:
 
 
 def warn_of_losses(policy: nn.Module, learning_rate: float) -> None:
-    """What a run would lose in silence: small steps of low precision, and a term of the model's own loss."""
+    """Warn of what a run would silently drop: small steps of low-precision weights, and a term of the model's own loss."""
     low = {str(p.dtype) for p in policy.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if low:
         logger.warning(
@@ -88,13 +88,13 @@ def warn_of_losses(policy: nn.Module, learning_rate: float) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """The number of the model's embeddings, which every id is below."""
+    """The number of the model's embeddings; every token id must be smaller."""
     embeddings: Any = causal_lm(model).get_input_embeddings()
     return embeddings.num_embeddings
 
 
 def check_reference(ref_model: object, policy: nn.Module) -> None:
-    """TypeError, ValueError for what cannot be frozen beside the policy."""
+    """Raise TypeError or ValueError if ``ref_model`` cannot be frozen while ``policy`` is trained."""
     if not isinstance(ref_model, nn.Module):
         raise TypeError(f"ref_model: got {type(ref_model).__name__}, wanted a causal LM, loaded")
     trained = {id(p) for p in policy.parameters() if p.requires_grad}

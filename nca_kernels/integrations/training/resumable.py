@@ -1,4 +1,4 @@
-"""A transformers ``Trainer`` whose runs can be killed at any moment: whole checkpoints, resumed by the run that wrote them."""
+"""A transformers ``Trainer`` whose runs can be killed at any moment and resumed from their own whole checkpoints."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(Trainer):
-    r"""Writes checkpoints beside their place and moves them there; resumes from the newest whole one of this very run.
+    r"""Writes each checkpoint to a temporary folder and then moves it; resumes from the newest whole checkpoint of the same run.
 
     Every checkpoint holds ``run.yaml`` (``run_settings``) and ``checkpoint.json`` (``fingerprint`` and the size of each file),
-    and ``output_dir`` holds ``run.yaml`` as soon as training starts. A subclass sets both attributes before training.
+    and ``output_dir`` holds ``run.yaml`` as soon as training starts. A subclass sets ``run_settings``, ``fingerprint`` and
+    ``loss_guard`` before training.
 
-    The run stops with ``FloatingPointError`` when ``max_bad_losses`` micro-batches in a row have a loss that is not finite, and
-    before it saves a model that has such a loss or such weights.
+    The run stops with ``FloatingPointError`` when ``max_bad_losses`` micro-batches in a row have a loss that is not finite. It
+    also stops before it saves a model whose last loss or weights are not finite.
     """
 
     args: NCAConfig
@@ -36,7 +37,7 @@ class ResumableTrainer(Trainer):
     run_settings: str
     fingerprint: Fingerprint
     loss_guard: LossGuard
-    _unfinished: Path | None = None  # where the checkpoint lies that is being written
+    _unfinished: Path | None = None  # the folder in which a checkpoint is being written
 
     def train(
         self,
@@ -44,12 +45,15 @@ class ResumableTrainer(Trainer):
         trial: object = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in transformers; ``resume_from_checkpoint=True`` takes the newest whole checkpoint of this very run.
+        """As in transformers; ``resume_from_checkpoint=True`` takes the newest whole checkpoint of the same run.
+
+        A run that was killed before its first checkpoint starts at step 0.
 
         Raises:
-            ValueError: there is none; a checkpoint is half-written, or of another run: by what differs.
-            FloatingPointError: the loss or the weights are no longer finite, with the last whole checkpoint.
-            OSError: a checkpoint cannot be written, with the last whole one.
+            ValueError: there is nothing to resume; the checkpoint is not whole, or another run wrote it (the message says what
+                differs).
+            FloatingPointError: the loss or the weights are no longer finite; the message names the last whole checkpoint.
+            OSError: a checkpoint cannot be written; the message names the last whole one.
         """
         found = on_main(self.accelerator, self._checkpoint_to_resume, resume_from_checkpoint)
         if found is None:
@@ -64,7 +68,7 @@ class ResumableTrainer(Trainer):
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, but a model that is there already is replaced only by a whole one."""
+        """As in transformers, but an existing model is replaced only after the new one has been written in full."""
         if _internal_call:  # part of a checkpoint
             return super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
@@ -168,7 +172,7 @@ class ResumableTrainer(Trainer):
             else:
                 others.append(found)
         for other in others[:1]:
-            self._accepted(other)  # refused, by what differs
+            self._accepted(other)  # raises an error that says what differs
         if (Path(self.args.output_dir) / checkpoints.RUN).exists():
             print_main(f"resume   {self.args.output_dir} has no whole checkpoint yet: the run starts at step 0")
             return None

@@ -1,4 +1,4 @@
-"""Run modes that would give other numbers than one process: refused by their names, or mended with a warning."""
+"""Run modes that would change the results of one process: they are refused by name, or corrected with a warning."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# Of accelerate's ParallelismConfig, and of the environment that `accelerate launch` sets.
+# Prefixes of the sizes in accelerate's ParallelismConfig and in the environment variables that `accelerate launch` sets.
 _SPLIT = {"cp": "context parallelism", "sp": "sequence parallelism", "tp": "tensor parallelism"}
 _WANTED = "wanted 1: a prompt's responses are summed on one rank. Use FSDP, DeepSpeed ZeRO or DistributedDataParallel"
 
 
 def refuse_split_sequences(args: TrainingArguments) -> None:
-    """ValueError for a run that splits a sequence or a layer among ranks, whose log-probs would be summed wrongly."""
+    """Raise ValueError if the run splits sequences or layers among ranks: their log-probs would be summed wrongly."""
     config: Any = getattr(args, "parallelism_config", None)
     launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("true", "1", "yes")
     for name, mode in _SPLIT.items():
@@ -36,17 +36,17 @@ def refuse_split_sequences(args: TrainingArguments) -> None:
 
 
 def refuse_tensor_parallel(name: str, model: nn.Module) -> None:
-    """ValueError for a model whose layers are split among ranks (``tp_plan``)."""
+    """Raise ValueError if the model's layers are split among ranks (``tp_plan``)."""
     size = getattr(model, "tp_size", None)
     if isinstance(size, int) and size > 1:
         raise ValueError(f"{name}: got a model with tp_plan, split among {size} ranks (tensor parallelism), {_WANTED}")
 
 
 def keep_4bit_gradients(model: nn.Module) -> None:
-    """Turn off bitsandbytes' packing of 4-bit weights on a CPU with AVX512-BF16, after which gradients are lost; with a warning.
+    """Turn off bitsandbytes' packing of 4-bit weights on a CPU with AVX512-BF16, which loses gradients, and log a warning.
 
-    A layer packs its weights at its first forward without gradients, as of the reference pass or an evaluation. Seen with
-    bitsandbytes 0.50: a gradient norm of 1.35 after it where 2.27 is right.
+    A layer packs its weights at its first forward without gradients, for instance in the reference pass or an evaluation. With
+    bitsandbytes 0.50 the gradient norm after that was 1.35 where 2.27 is right.
     """
     packing: list[Any] = [
         m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False) and m.weight.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""What identifies a run: its settings as YAML, and a fingerprint of all that its weights depend on."""
+"""The record of a run: its settings as YAML, and a fingerprint of everything that its weights depend on."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from ..reference.frozen import adapter_changes_nothing
 from .checkpoints import Fingerprint
 from .config import NCAConfig
 
-# What decides the steps of a run, beside model and data. The length of a run is not among them: more epochs go on with it.
+# The settings that determine a run's steps, apart from model and data. The number of epochs is not among them, so that a
+# finished run can be resumed with more.
 _DECISIVE = (
     *("loss", "beta", "alpha", "pairs", "average", "reference", "max_grad_norm", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "warmup_steps", "gradient_accumulation_steps"),
     *("per_device_train_batch_size", "train_sampling_strategy", "label_smoothing", "nll_weight", "logits_dtype"),
 )
-# Where a run lies and what it prints, not what it is; and secrets.
+# Settings of one start of a run, and secrets.
 _NOT_SETTINGS = {"resume_from_checkpoint", "hub_token", "push_to_hub_token", "local_rank"}
 
 
 def run_settings(config: NCAConfig, sources: Mapping[str, object], command: str | None = None) -> str:
-    """The text of ``run.yaml``: where things come from, all keys of this package, and those of transformers that were set.
+    """The text of ``run.yaml``: the sources, all keys of this package, and those keys of transformers that were set.
 
     The text is itself a configuration of ``nca-kernels train``. Keys that the loss does not read are left out.
 
     Args:
-        sources: keys and values that are not of the configuration: model, data, ...
-        command: the command line of the run, for the reader.
+        sources: keys and values that ``config`` does not have, such as ``model`` and ``data``.
+        command: the command line of the run, which is written as a comment.
     """
     inherited = {field.name: _default(field) for field in fields(TrainingArguments)}
     own = {field.name for field in fields(NCAConfig)} - inherited.keys() - {*config.unread_keys()}
@@ -55,10 +56,10 @@ def run_settings(config: NCAConfig, sources: Mapping[str, object], command: str 
 
 
 def run_fingerprint(config: NCAConfig, model: nn.Module, rows: Dataset | None, ref_model: nn.Module | None) -> Fingerprint:
-    """What two runs share whose weights are to be the same: the model at its start, the rows, the reference, the loss, the steps.
+    """What two runs with the same weights must share: the initial model, the rows, the reference, the loss and the steps.
 
     Args:
-        rows: as they were given, tokenized; their reference log-probs count only if they came with them.
+        rows: the tokenized rows as they were given; reference log-probs count only if they were given with the rows.
     """
     fingerprint: Fingerprint = {key: _plain(getattr(config, key)) for key in _DECISIVE if hasattr(config, key)}
     fingerprint["processes"] = config.world_size

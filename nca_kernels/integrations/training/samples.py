@@ -1,4 +1,4 @@
-"""Responses to held-out prompts while a model trains: what its metrics look like as text."""
+"""Samples responses to held-out prompts during training, which show as text what the metrics report as numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKENS = 128
 def samples_callback(
     args: NCAConfig, rows: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> SamplesCallback:
-    """The callback of a run; of several evaluation sets the first is sampled.
+    """The sampling callback of a run. With several evaluation sets it samples from the first.
 
     Raises:
         ValueError: there are no held-out prompts, no tokenizer, or the model is sharded.
@@ -38,12 +38,12 @@ def samples_callback(
 
 
 class SamplesCallback(TrainerCallback):
-    """Samples a response to each of a few held-out prompts at every evaluation, for ``<output_dir>/samples.jsonl``.
+    """Samples a response to each of a few held-out prompts at every evaluation and appends them to ``<output_dir>/samples.jsonl``.
 
-    The random numbers are the same at every step, so that what changes is the model. The first response is printed.
+    The random numbers are the same at every step, so that only the model changes. The first response is printed.
 
     Args:
-        rows: tokenized, with ``prompt_ids``; the first ``count`` are sampled.
+        rows: tokenized rows with ``prompt_ids``; the first ``count`` are sampled.
     """
 
     def __init__(self, rows: Dataset, count: int, tokenizer: PreTrainedTokenizerBase):

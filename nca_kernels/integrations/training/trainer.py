@@ -1,4 +1,4 @@
-"""K-way alignment as a transformers ``Trainer``: log-probs without logits, and the loss of each prompt's K responses."""
+"""K-way alignment as a transformers ``Trainer``: the loss of each prompt's K responses, without materialising logits."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ Rows: TypeAlias = "Dataset | list[dict]"
 class NCATrainer(ResumableTrainer):
     r"""Aligns a causal LM with scored responses, by any loss of :func:`nca_kernels.group_loss`.
 
-    The log-probs of policy and reference go through :func:`~nca_kernels.integrations.model_logps`: no logits. The loss of a
-    step is the mean over all prompts of its accumulated batch on all ranks, each counted once, whatever the number of their
-    responses and the size of the last batch. Metrics: :class:`~nca_kernels.integrations.training.metrics.GroupMetrics`,
-    with ``tokens_per_second`` (without padding, evaluations left out) and ``loss_time_share``
-    (:class:`~nca_kernels.integrations.training.clock.LossClock`). After training their curves lie in
-    ``<output_dir>/plots``.
+    :func:`~nca_kernels.integrations.model_logps` computes the log-probs of policy and reference without materialising logits.
+    The loss of a step is the mean over all prompts of its accumulated batch on all ranks. Each prompt counts once, whatever the
+    number of its responses and the size of the last batch. A log holds the metrics of
+    :class:`~nca_kernels.integrations.training.metrics.GroupMetrics`, ``tokens_per_second`` (without padding and without the time
+    of evaluations) and ``loss_time_share``, the share of the time that the head and the loss take
+    (:class:`~nca_kernels.integrations.training.clock.LossClock`). After training, ``<output_dir>/plots`` has their curves.
 
     Args:
-        model: a transformers causal LM (inside PEFT, or not), or what ``from_pretrained`` takes: then in float32, since steps of
-            5e-6 are lost in bfloat16 weights; with ``peft_config`` in the dtype that it was saved in. A model that is loaded
-            keeps its own; trained in bfloat16, it gives a warning.
+        model: a transformers causal LM, with or without PEFT, or a name or folder that ``from_pretrained`` takes. A model that is
+            loaded by its name is in float32, because steps of 5e-6 are lost in bfloat16 weights; with ``peft_config`` it keeps the
+            dtype in which it was saved. A model object keeps its dtype; training bfloat16 weights gives a warning.
         args: see :class:`~nca_kernels.integrations.training.config.NCAConfig`.
-        train_dataset: rows of a prompt, K responses and their scores: in any layout of ``load_groups``, or of
-            ``tokenize_groups``. ``ref_logps`` in the latter (summed over tokens) are taken as they are.
-        eval_dataset: the same, or a mapping of names to such.
-        processing_class: the tokenizer, for rows that are not tokenized; saved with the model.
-        peft_config: trains an adapter of the model; the base is the reference.
-        ref_model: the reference, with its adapter if it has one; ``None`` for the model as it is when training starts (its base,
-            under PEFT). With ``reference="precompute"`` it is let go once all rows have their log-probs.
+        train_dataset: rows with a prompt, K responses and their scores, in any layout of ``load_groups``, or tokenized rows as
+            ``tokenize_groups`` returns them. A column ``ref_logps`` of tokenized rows (summed over tokens) is used as it is.
+        eval_dataset: the same, or a mapping from names to such data sets.
+        processing_class: the tokenizer, for rows that are not tokenized; it is saved with the model.
+        peft_config: adds an adapter to the model and trains it; the base is the reference.
+        ref_model: the reference model, with its adapter if it has one; ``None`` for the model at the start of training (for a new
+            adapter, its base). With ``reference="precompute"`` it is released once all rows have their log-probs.
         callbacks, optimizers: as in ``transformers.Trainer``.
 
     To compute log-probs in another way, override :meth:`compute_logps`: policy, reference and KTO's baseline all use it.
-    ``token_metrics`` is refused then, since they come from the forward of the policy's log-probs.
+    ``token_metrics`` is then refused, because these metrics come from the forward that computes the policy's log-probs.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used, by name.
+        TypeError, ValueError: an argument cannot be used; the message names it.
 
     Source: Chen et al. 2024 (arXiv 2402.05369).
 
@@ -127,23 +127,23 @@ class NCATrainer(ResumableTrainer):
         super().__init__(
             model,
             args,
-            collator,  # type: ignore[arg-type]  # transformers wants a dict of it, and a TypedDict is none to mypy
+            collator,  # type: ignore[arg-type]  # transformers annotates dict, and to mypy a TypedDict is not one
             train_dataset,
             eval_dataset,
             processing_class,
             callbacks=callbacks,
-            optimizers=optimizers,  # type: ignore[arg-type]  # transformers takes any scheduler, and names the LambdaLR
+            optimizers=optimizers,  # type: ignore[arg-type]  # transformers takes any scheduler but annotates LambdaLR
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate shards no model on {args.device.type}, it would run as DistributedDataParallel")
         # compute_loss divides by the prompts of the whole accumulated batch: without this, Trainer would divide once more.
-        # (transformers >= 5.23 has loss_is_scaled_for_ga for that alone, which spares it a count of the labels.)
+        # (transformers >= 5.23 has loss_is_scaled_for_ga for this purpose, which also avoids counting the labels.)
         self.model_accepts_loss_kwargs = True
         self.add_callback(PlotsCallback)
         if args.sample_prompts:
             self.add_callback(samples_callback(args, self.eval_dataset, processing_class))
         self._train_metrics, self._eval_metrics = GroupMetrics(), GroupMetrics()
-        # A compiled model would be cut in two where the clock is read; without logs its times would pile up.
+        # Reading the clock breaks the graph of a compiled model; without logs the recorded times would accumulate.
         unread = args.torch_compile or args.logging_strategy == IntervalStrategy.NO
         self._clock = None if unread else LossClock(args.device)
         self._window_began: float | None = None
@@ -165,11 +165,11 @@ class NCATrainer(ResumableTrainer):
         to_device(model, device)
 
     def _on_device(self, batch: Mapping[str, Any]) -> Batch:
-        """A batch of the collator, on this rank's device."""
+        """Move a batch of the collator to this rank's device."""
         return cast(Batch, self._prepare_inputs({**batch}))
 
     def _setup_reference(self) -> None:
-        """Give all rows their reference log-probs, or keep the model that computes them; refuse beforehand what cannot run."""
+        """Add reference log-probs to all rows, or keep the model that computes them. First check that the model can run."""
         missing = any(missing_ref_logps(rows) is not None for rows in self._datasets())
         if missing:
             self._reference.keep_copy(self.model)
@@ -190,7 +190,7 @@ class NCATrainer(ResumableTrainer):
         self.eval_dataset = map_datasets("eval_dataset", self.eval_dataset, self._rows_with_ref_logps)
 
     def _try_policy(self) -> None:
-        """Log-probs of the shortest row: a model that has none, or LoRA on its head, is refused before the pass over all rows."""
+        """Compute the log-probs of the shortest row, so that an unusable head (LoRA on it, say) fails before the long pass."""
         rows = self._datasets()[0]
         with evaluating(self.model), self.accelerator.autocast():
             self._reference.flat_logps(self.model, [rows[int(longest_sequences(rows).argmin())]])
@@ -200,7 +200,7 @@ class NCATrainer(ResumableTrainer):
         return [rows for rows in (self.train_dataset, *evaluated) if rows is not None]
 
     def _place_policy(self) -> None:
-        """For a forward before training, at whose beginning Trainer would do it."""
+        """Place the policy for a forward before training. Trainer itself does so only when training starts."""
         if self.is_fsdp_enabled:
             self.model = self.model_wrapped = to_device_or_shard(self.model, self.accelerator)
         elif self.is_deepspeed_enabled and self.deepspeed is None:
@@ -212,16 +212,16 @@ class NCATrainer(ResumableTrainer):
     def compute_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """The log-prob of each response, in nats, summed over its tokens: ``[B, K]`` float32, 0 where ``mask`` is not set.
 
-        A hook: an override changes how policy, reference and KTO's baseline alike compute log-probs.
+        Override this method to change how the log-probs of policy, reference and KTO's baseline are computed.
 
         Args:
-            model: the policy, or its reference, in any wrapping; gradients flow to its trainable weights.
-            batch: of the collator, on the model's device. Only its tokens and ``mask`` count.
+            model: the policy or its reference, in any wrapper (DDP, FSDP, PEFT); gradients flow to its trainable weights.
+            batch: a batch of the collator, on the model's device. Only its tokens and ``mask`` are used.
         """
         return group_logps(model_logps(model, **self._head_inputs(model, batch)), batch)
 
     def _policy_logps(self, model: nn.Module, batch: Batch) -> tuple[Tensor, TokenSums | None]:
-        """The log-probs of :meth:`compute_logps` and, with ``token_metrics``, what else their one forward tells of the tokens."""
+        """The log-probs of :meth:`compute_logps` and, with ``token_metrics``, the token sums of the same forward."""
         if not self.args.token_metrics:
             return self.compute_logps(model, batch), None
         stats = model_token_stats(model, **self._head_inputs(model, batch))
@@ -238,7 +238,7 @@ class NCATrainer(ResumableTrainer):
         return logps / batch["lengths"].clamp(min=1) if self.args.average else logps
 
     def _log_ratios(self, batch: Batch) -> Tensor:
-        """``logps - ref_logps`` of a batch that is on any device, without gradients."""
+        """``logps - ref_logps`` of a batch on any device, without gradients."""
         batch = self._on_device(batch)
         with evaluating(self.model), self.accelerator.autocast():
             return self._per_token(self.compute_logps(self.model, batch) - self._ref_logps(batch), batch)
@@ -261,7 +261,7 @@ class NCATrainer(ResumableTrainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
-        return self._length_sampler(eval_dataset, self.args.eval_batch_size)  # transformers' own wants a column of input_ids
+        return self._length_sampler(eval_dataset, self.args.eval_batch_size)  # transformers' own needs a column input_ids
 
     def _length_sampler(self, rows: Dataset, batch_size: int) -> LengthSampler:
         lengths = shared_lengths(rows) if self.args.share_prompt else longest_sequences(rows)
@@ -269,15 +269,15 @@ class NCATrainer(ResumableTrainer):
         return LengthSampler(lengths.tolist(), batch_size * self.args.world_size, seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        # FSDP2 leaves its outermost weights gathered after a forward, until a backward: the optimizer would take those, and not
-        # the shards, for what it trains.
+        # After a forward, FSDP2 leaves its outermost weights gathered until the backward. The optimizer would take those as its
+        # parameters, instead of the shards.
         reshard(self.model)
         return super().create_optimizer(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | int]:
-        """The micro-batches of a step, and the number of their prompts on all ranks, over which the loss is averaged."""
+        """The micro-batches of a step and the number of their prompts on all ranks, by which the loss is divided."""
         if self._window_began is None:
             self._window_began = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -291,15 +291,15 @@ class NCATrainer(ResumableTrainer):
         return batches, prompts
 
     def _each_prompt_once(self, batches: list[Batch]) -> tuple[list[Batch], list[int]]:
-        """The batches with those prompts masked that only fill up the last one, and the number of prompts left in each.
+        """Mask the prompts that only fill up the last batch; return the batches and the number of prompts left in each.
 
-        accelerate gives every rank a full batch, at the end of the data with prompts from its beginning.
+        accelerate gives every rank a full batch: at the end of the data it adds prompts from the beginning.
         """
         prompts = [len(batch["mask"]) for batch in batches]
         ranks, data = self.accelerator.num_processes, self.accelerator.gradient_state
         filled_up = self.accelerator.even_batches and not self.args.dataloader_drop_last
         if batches and ranks > 1 and filled_up and data.end_of_dataloader:
-            # accelerate's own `remainder` is not set in the rest of an epoch that a resumed run goes on with.
+            # If a run resumes within an epoch, accelerate does not set its own `remainder` for the rest of that epoch.
             last = len(data.active_dataloader.dataset) % (ranks * prompts[-1]) or ranks * prompts[-1]
             prompts[-1] = min(max(last - self.accelerator.process_index * prompts[-1], 0), prompts[-1])
             mask = batches[-1]["mask"]
@@ -314,9 +314,10 @@ class NCATrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The batch's share of the mean over ``num_items_in_batch`` prompts (of this batch, if not given).
+        """The batch's part of the mean over ``num_items_in_batch`` prompts (over this batch if that is None).
 
-        Multiplied by the world size, because gradients are averaged over ranks. ``return_outputs`` adds the implicit ``rewards``.
+        It is multiplied by the world size, because gradients are averaged over ranks. With ``return_outputs`` the result is a pair
+        of the loss and a dict with the implicit ``rewards``.
         """
         with self._clock.from_head(model) if self._clock and model.training else nullcontext():
             loss, rewards = self._group_loss(model, cast(Batch, inputs))
@@ -348,7 +349,7 @@ class NCATrainer(ResumableTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, None, None]:
-        """Adds to the metrics, the loss among them: Trainer's own mean of batches would weigh prompts by their batch."""
+        """Add the batch to the metrics, also its loss: Trainer's own mean over batches would weight prompts by batch size."""
         with torch.no_grad():
             self._group_loss(model, self._on_device(inputs))
         return None, None, None
@@ -359,7 +360,7 @@ class NCATrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As in transformers; ``eval_dataset`` may be rows in any form that ``NCATrainer`` takes."""
+        """As in transformers; ``eval_dataset`` may have any form that ``NCATrainer`` takes."""
         named = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
         if not (eval_dataset is None or isinstance(eval_dataset, dict) or named):
             eval_dataset = self._prepared("eval_dataset", eval_dataset)
@@ -372,7 +373,7 @@ class NCATrainer(ResumableTrainer):
     def predict(
         self, test_dataset: Rows, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """The metrics of :meth:`evaluate` alone: no ``predictions``."""
+        """Return only the metrics of :meth:`evaluate`, without ``predictions``."""
         return super().predict(self._prepared("test_dataset", test_dataset), ignore_keys, metric_key_prefix)
 
     def _prepared(self, name: str, rows: Rows) -> Dataset:
@@ -396,7 +397,7 @@ class NCATrainer(ResumableTrainer):
         if self.args.loss == "kto":
             batches = _EvaluationBatches(batches, partial(_with_baseline, baseline=self._kto_baseline(batches)))
         output = super().evaluation_loop(
-            batches,  # type: ignore[arg-type]  # it reads no more of a DataLoader than these have
+            batches,  # type: ignore[arg-type]  # it uses only the parts of a DataLoader that this class has
             description,
             prediction_loss_only,
             ignore_keys,
@@ -409,7 +410,7 @@ class NCATrainer(ResumableTrainer):
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._window_began is not None:  # of training steps
+        if "loss" in logs and self._window_began is not None:  # a log of training steps
             seconds = time.perf_counter() - self._window_began
             self._window_began = None
             means = self._train_metrics.read(self.accelerator)
@@ -442,7 +443,7 @@ def _with_baseline(batch: Batch, baseline: Tensor) -> Batch:
 def map_datasets(
     name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]
 ) -> Rows | dict[str, Rows] | None:
-    """``function(name, rows)``, or of each data set of a mapping."""
+    """Apply ``function(name, rows)`` to the rows, or to each data set of a mapping."""
     if rows is None:
         return None
     if isinstance(rows, dict):
