@@ -54,7 +54,7 @@ def _lines(kind: type, keys: list[Field[Any]]) -> str:
 
 
 def _documented(kind: type) -> dict[str, str]:
-    """What the docstring's Args say of each key, as plain text."""
+    """The description of each key in the Args of the docstring, as plain text."""
     args = re.search(r"^Args:\n((?:    .*\n|\n)+)", (inspect.getdoc(kind) or "") + "\n", re.MULTILINE)
     found: dict[str, str] = {}
     for entry in re.split(r"^    (?=\w)", args.group(1) if args else "", flags=re.MULTILINE):

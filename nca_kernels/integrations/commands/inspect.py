@@ -19,14 +19,18 @@ from .run_config import Run
 from .train import describe_groups, describe_loss, load_data
 
 _QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
-_SHOWN = 2000  # characters of a text at most
+_SHOWN = 2000  # the most characters of a text
 
 
 def inspect_run(run: Run, *, rows: int = 1) -> None:
-    r"""Prints the data of a run: layout, K, lengths, scores, what is cut, its steps, ``rows`` decoded, and warnings.
+    r"""Print what a run would train on: layout, K, lengths, scores, truncation, steps, decoded rows, and warnings.
+
+    Args:
+        run: the configuration of the run.
+        rows: how many rows to print decoded.
 
     Raises:
-        ValueError, OSError: data or a tokenizer that the run could not use either.
+        ValueError, OSError: the data or the tokenizer cannot be used; training would fail in the same way.
     """
     sources, config, given, _ = run
     groups = load_data(sources.data, sources.split, run)
@@ -88,7 +92,7 @@ def _scores(rows: Dataset, config: NCAConfig) -> list[str]:
 
 
 def _best_weight(scores: list[list[float]], alpha: float) -> float:
-    """The mean over prompts with different scores of the largest of ``softmax(scores / alpha)``."""
+    """The largest of ``softmax(scores / alpha)``, averaged over the prompts whose scores differ."""
     weights = []
     for row in scores:
         if len(set(row)) > 1:
@@ -114,7 +118,7 @@ def _steps(prompts: int, config: NCAConfig) -> str:
 
 
 def _decoded(index: int, row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as the model sees it: what stands between [ and ] is trained on."""
+    """A row as the model sees it. The model is trained on the text between [ and ]."""
     lines = [f"row      {index + 1}, the prompt:", _short(str(tokenizer.decode(row["prompt_ids"])))]
     for i, (ids, score) in enumerate(zip(row["response_ids"], row["scores"], strict=True)):
         label = "" if "desirable" not in row else f", {'desirable' if row['desirable'][i] else 'undesirable'}"
@@ -128,7 +132,7 @@ def _short(text: str) -> str:
 
 
 def _warnings(rows: Dataset, made: TokenizedGroups, groups: Groups, config: NCAConfig) -> list[str]:
-    """What the user might regret."""
+    """Warnings about data and settings that the user may not intend."""
     found = []
     scores = rows["scores"]
     if config.loss != "kto" and config.nll_weight == 0:

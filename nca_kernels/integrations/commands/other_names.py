@@ -1,4 +1,4 @@
-"""What a key of other projects is called here: TRL, LLaMA-Factory and the authors' scripts."""
+"""The names that keys of TRL, LLaMA-Factory and the authors' scripts have here."""
 
 from __future__ import annotations
 

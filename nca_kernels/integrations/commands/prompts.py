@@ -1,4 +1,4 @@
-"""The rows that ``sample`` and ``rate`` read: as they stand in the file, each with its prompt as text or messages."""
+"""Reads the rows for ``sample`` and ``rate``: each row unchanged, and its prompt as text or messages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class PromptRow(NamedTuple):
     """A row of a file.
 
     Attributes:
-        number: counted from 1.
-        line: the row as it stands, with all of its columns.
+        number: the row's position in the file, counted from 1.
+        line: the row unchanged, with all of its columns.
         prompt: a text, or messages with the row's ``system`` message before them.
-        tools: for the chat template; None where the row has none.
+        tools: the tools for the chat template; None if the row has none.
     """
 
     number: int
@@ -32,8 +32,8 @@ def read_prompts(data: Path) -> list[PromptRow]:
     """The rows of a file that has a column ``prompt``.
 
     Raises:
-        ValueError: a row that cannot be used, by file, row and column; no row.
-        FileNotFoundError: no such file.
+        ValueError: a row cannot be used (the message names file, row and column), or the file has no row.
+        FileNotFoundError: the file does not exist.
     """
     if not data.is_file():
         raise FileNotFoundError(f"{data}: no such file")

@@ -24,21 +24,22 @@ Function = Callable[[Any, list[Any]], Any]
 
 
 def rate_file(data: Path, out: Path, *, reward_model: str | None = None, function: str | None = None, batch_size: int = 8) -> None:
-    r"""Write ``data`` to ``out`` with ``scores``, one number a response. Scores that were there stay as ``old_scores``.
+    r"""Write ``data`` to ``out`` with a column ``scores``, one number per response. Existing scores move to ``old_scores``.
 
     Args:
         data: rows with ``prompt`` and ``responses``, as ``nca-kernels sample`` writes them.
-        reward_model: a sequence-classification model of one output; a folder or a name on the hub. Prompt and response go
-            through its chat template (a text prompt as a user's message), or, if it has none, one after the other.
-        function: ``file.py:name``, called with a row's prompt and responses as they stand in the file; returns their scores.
-        batch_size: responses at a time, of similar length.
+        out: a new file, in JSON lines.
+        reward_model: a sequence-classification model with one output; a folder or a name on the hub. Prompt and response go
+            through its chat template (a text prompt as a user's message). If it has none, they are concatenated.
+        function: ``file.py:name``, called with a row's prompt and responses as the file has them; returns their scores.
+        batch_size: responses per batch; those of a batch have similar lengths.
 
-    A killed command goes on where it stopped, by ``out.part``.
+    A command that is killed and started again continues from ``out.part``.
 
     Raises:
-        ValueError: a row that cannot be used, or whose scores are not finite numbers, by file, row and column; a model that is no
-            reward model.
-        OSError: a file or model that cannot be read or written.
+        ValueError: a row cannot be used, or its scores are not finite numbers (the message names file, row and column);
+            ``reward_model`` does not have one output; ``out`` exists; ``out.part`` was made with other settings.
+        OSError: a file or model cannot be read or written.
     """
     rows = read_prompts(data)
     for row in rows:
@@ -84,7 +85,7 @@ def _check(data: Path, row: PromptRow, scores: Any) -> None:
 
 
 def _with_old_scores(line: dict[str, Any]) -> dict[str, Any]:
-    """The row with its scores, if it has some, under a name that it does not have yet."""
+    """The row with its existing scores, if any, under a column name that is not yet used."""
     if line.get("scores") is None:
         return line
     name, n = "old_scores", 2
@@ -135,7 +136,7 @@ def _by_function(function: str, rows: list[PromptRow]) -> Iterator[Rated]:
 
 
 def _by_model(name: str, rows: list[PromptRow], batch_size: int) -> Iterator[Rated]:
-    """The rows with their scores, in the order in which they are complete."""
+    """Yield the rows with their scores, in the order in which they are completed."""
     tokenizer = load_tokenizer(name)
     model = _load_reward_model(name)
     by_number = {row.number: row for row in rows}
@@ -164,14 +165,14 @@ def _load_reward_model(name: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def rewards(model: PreTrainedModel, sequences: list[list[int]]) -> Tensor:
-    """The output of a sequence-classification model for each sequence alone, [n], computed in one batch.
+    """The output of a sequence-classification model for each sequence, [n]: one batch gives what each sequence alone gives.
 
-    Padding is on the right, so that positions are those of the sequence alone, and its id is one that the model takes for
-    padding: the model reads its output at the last token that is not padding.
+    Padding is on the right, so that positions do not change. Its id is one that the model recognises as padding, because the
+    model reads its output at the last token that is not padding.
     """
     pad = model.config.get_text_config().pad_token_id
     if pad is None:
-        # The model would read the last position of a row. An id that no sequence has marks where it ends.
+        # Without a padding id the model would read the last position of a row, so an id that no sequence has becomes that id.
         used = {token for sequence in sequences for token in sequence}
         pad = next(token for token in range(model.config.get_text_config().vocab_size) if token not in used)
         model.config.get_text_config().pad_token_id = pad

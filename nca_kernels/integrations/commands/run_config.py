@@ -25,12 +25,12 @@ PATHS = frozenset(
 
 
 class UsageError(Exception):
-    """A key or value that the user gave; the message says which, where it stood and what was wanted."""
+    """A key or value from the user is wrong. The message says which, where it was given and what was wanted."""
 
 
 @dataclass
 class Sources:
-    """What a run takes, and from where.
+    """The sources of a run: its model and its data.
 
     Args:
         model: a folder or a name on the hub.
@@ -57,8 +57,8 @@ class Run(NamedTuple):
     """A run's configuration.
 
     Attributes:
-        given: the keys that the user set; a default may depend on the data, a set value may not.
-        command: the words that started the run.
+        given: the keys that the user set. A default may depend on the data, but a set value may not.
+        command: the command line that started the run.
     """
 
     sources: Sources
@@ -74,17 +74,18 @@ class _Given(NamedTuple):
 
 
 def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
-    r"""The run that a YAML file and ``--key value`` or ``--key=value`` words describe.
+    r"""Read a run from a YAML file, with ``--key value`` or ``--key=value`` words that override the file.
 
     The keys are those of :class:`Sources` and of :class:`~nca_kernels.integrations.NCAConfig`. Values on the command line are
-    written as in YAML; what is no value of the wanted type that way is taken as the text it is.
+    parsed as YAML; if that gives no value of the wanted type, the text itself is used.
 
     Raises:
-        UsageError: an unknown key, with the nearest known one; a value of a wrong type or out of range; a missing key.
+        UsageError: a key is unknown (the message names the nearest known one) or missing; a value has a wrong type or is out of
+            range.
         OSError: the file cannot be read.
     """
     given = {**_from_file(path), **_from_words(overrides)}
-    # Wider than what transformers says of them: `true` is the last checkpoint, and FSDP as fsdp_config has it.
+    # Wider types than transformers annotates: `true` means the last checkpoint, or FSDP as configured by fsdp_config.
     wider = dict.fromkeys(("resume_from_checkpoint", "fsdp"), bool | str | None)
     hints = {**_hints(Sources), **_hints(NCAConfig), **wider}
     values = _checked(given, hints)
@@ -103,7 +104,7 @@ def read_run(path: str | os.PathLike, overrides: list[str]) -> Run:
 
 
 def _with_key(message: str, given: dict[str, _Given]) -> str:
-    """The message with place and key before it, where it names a value alone, as those of transformers' choices do."""
+    """Put the place and the key before a message that names only a value, as transformers' messages about choices do."""
     for key, (value, where, _) in given.items():
         if isinstance(value, str) and value and message.startswith(f"{value} "):
             return f"{where}: {key}: {message}"
@@ -124,7 +125,7 @@ def _from_file(path: str | os.PathLike) -> dict[str, _Given]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML as PyYAML reads it, which takes the last of two equal keys in silence; here they are an error."""
+    """PyYAML's loader, which silently takes the last of two equal keys; here they are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -166,7 +167,7 @@ def _checked(given: dict[str, _Given], hints: dict[str, Any]) -> dict[str, Any]:
 
 
 def _instead(key: str, hints: dict[str, Any]) -> str:
-    """What the user may have meant."""
+    """The part of an error message that suggests a key for an unknown one."""
     if key in OTHER_NAMES and "model" in hints:
         return f"here it is {OTHER_NAMES[key]!r}"
     near = difflib.get_close_matches(key, hints, n=1, cutoff=0.6)
@@ -174,7 +175,7 @@ def _instead(key: str, hints: dict[str, Any]) -> str:
 
 
 def _typed(key: str, given: _Given, hint: Any) -> object:
-    """The first reading of what was given that is of the wanted type."""
+    """The first interpretation of the given value that has the wanted type."""
     readings = [given.value]
     if given.text is not None:
         readings.append(given.text)
@@ -182,7 +183,7 @@ def _typed(key: str, given: _Given, hint: Any) -> object:
         # A key of type float also takes 1, and 5e-6, which YAML 1.1 reads as text because it has no dot.
         readings += _float(given.value)
     if given.value is False and key.endswith("_strategy"):
-        readings.append("no")  # which YAML 1.1 reads as false, too
+        readings.append("no")  # YAML 1.1 reads `no` as false
     for reading in readings:
         try:
             validate_typed_dict(TypedDict("Wanted", {key: hint}), {key: reading})  # type: ignore[operator]  # a type made at run time

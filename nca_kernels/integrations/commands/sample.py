@@ -30,25 +30,26 @@ def sample_file(
     server: str | None = None,
     sampling: Sampling,
 ) -> None:
-    r"""Write ``data`` to ``out`` with ``responses`` and ``finished``: K texts a row, and for each whether the model ended it.
+    r"""Write ``data`` to ``out`` with ``responses``, K texts per row, and ``finished``, whether the model ended each of them.
 
     A response whose ``finished`` is false was cut off at ``max_new_tokens``; training gives it no end token. Other columns stay.
-    A killed command goes on where it stopped, by ``out.part``.
+    A command that is killed and started again continues from ``out.part``.
 
     Args:
         model: a folder or a name on the hub; with ``server``, the name by which the server knows it.
-        data: rows with a ``prompt``, a text or messages; messages (and rows with ``system`` or ``tools``) go through the chat
-            template.
-        num_responses: K >= 1.
-        batch_size: responses at a time, of prompts of similar length; with ``server``, requests under way at the same time.
-        server: the base URL of an OpenAI-compatible endpoint, as ``http://localhost:8000/v1``.
-        sampling: how responses are drawn. On a CPU the model is in float32, where the same seed gives the same text at any batch
-            size. A server draws by its own means from the seeds it is sent.
+        data: rows with a ``prompt``, which is a text or messages. Messages, and rows with ``system`` or ``tools``, go through the
+            chat template.
+        out: a new file, in JSON lines.
+        num_responses: K, the responses to each prompt, >= 1.
+        batch_size: responses per batch, to prompts of similar length; with ``server``, requests in flight at a time.
+        server: the base URL of an OpenAI-compatible endpoint, such as ``http://localhost:8000/v1``.
+        sampling: how responses are sampled. On a CPU the model is in float32, where the same seed gives the same text at any batch
+            size. A server samples in its own way from the seeds that it is sent.
 
     Raises:
-        ValueError: a row that cannot be used, by file, row and column; a prompt too long for the model; an ``out`` that exists; a
-            server that refuses a request.
-        OSError: a file, model or server that cannot be reached.
+        ValueError: a row cannot be used (the message names file, row and column); a prompt is too long for the model; ``out``
+            exists; ``out.part`` was made with other settings; a server refuses a request.
+        OSError: a file or model cannot be read or written, or a server cannot be reached.
     """
     rows = read_prompts(data)
     settings = {
@@ -77,7 +78,7 @@ def sample_file(
 
 
 def _by_model(name: str, rows: list[PromptRow], K: int, batch_size: int, sampling: Sampling) -> Iterator[Done]:
-    """The rows with their responses, in the order in which they are complete."""
+    """Yield the rows with their responses, in the order in which they are completed."""
     tokenizer = load_tokenizer(name)
     device = default_device()
     model = to_device(load_model(name, **({"dtype": torch.float32} if device == "cpu" else {})), device).eval()
@@ -87,7 +88,7 @@ def _by_model(name: str, rows: list[PromptRow], K: int, batch_size: int, samplin
     prompts = {row.number: prompt_ids(row, tokenizer) for row in rows}
     _refuse_long(rows, prompts, model, sampling.max_new_tokens)
     by_number = {row.number: row for row in rows}
-    # By length, so that little of a batch is padding; the longest first, so that too little memory shows at once.
+    # Sorted by length, so that batches have little padding; the longest come first, so that a lack of memory shows at once.
     keys = [(row.number, k) for row in sorted(rows, key=lambda row: -len(prompts[row.number])) for k in range(K)]
     made: dict[int, list[Sampled | None]] = {}
     for start in range(0, len(keys), batch_size):
@@ -100,7 +101,7 @@ def _by_model(name: str, rows: list[PromptRow], K: int, batch_size: int, samplin
 
 
 def prompt_ids(row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Messages through the chat template, with the words that begin an answer; a text as it is."""
+    """The ids of a row's prompt: messages go through the chat template with its generation prompt, a text is used as it is."""
     if isinstance(row.prompt, str):
         return list(tokenizer(row.prompt)["input_ids"])
     if tokenizer.chat_template is None:
@@ -124,7 +125,7 @@ def _refuse_long(rows: list[PromptRow], prompts: dict[int, list[int]], model: Pr
 
 
 def _by_server(url: str, model: str, rows: list[PromptRow], K: int, workers: int, sampling: Sampling) -> Iterator[Done]:
-    """The same from a server, ``workers`` requests at a time."""
-    from .server import Server  # needs a package that nothing else does
+    """Yield the same from a server, with ``workers`` requests at a time."""
+    from .server import Server  # it needs a package that nothing else needs
 
     yield from Server(url, model, sampling).responses(rows, K, workers)

@@ -43,23 +43,23 @@ def score_file(
 
     ``logps`` are in nats, the sum over a response's tokens or their ``average``; ``rewards = beta * (logps - ref_logps)``. Each
     is a list, in the order of the responses (``chosen``, ``rejected``; ``A0``, ``A1``, ...). The input's columns stay; one of
-    the same name is replaced. ``out`` is written beside its place and moved there, so that it may be ``data`` itself.
+    the same name is replaced. ``out`` is written under a temporary name and renamed, so that it may be ``data`` itself.
 
     Args:
         model, ref_model: folders or names on the hub, each with its tokenizer.
         data: what :func:`~nca_kernels.integrations.data.load.load_groups` takes; scores may be missing.
-        split: of a folder or a hub name.
-        model_init_kwargs: keywords of ``from_pretrained`` for both models; ``None`` for those in the ``run.yaml`` beside a model
-            that ``nca-kernels train`` has saved.
-        max_length: the most tokens of a prompt with a response, as in training; ``None`` for that of the ``run.yaml`` beside
-            ``model``, or no limit where there is none.
-        batch_size: prompts at a time.
+        split: the split of a folder or a hub name.
+        model_init_kwargs: keywords of ``from_pretrained`` for both models; ``None`` for those in the ``run.yaml`` that
+            ``nca-kernels train`` saves with a model.
+        max_length: the most tokens of a prompt with a response, as in training; ``None`` for the value in the ``run.yaml`` of
+            ``model``, or for no limit if there is no such file.
+        batch_size: prompts per batch.
 
     Raises:
-        ValueError: a row that cannot be used, by file, row and column; a model without a usable head.
-        OSError: a file or model that cannot be read or written.
+        ValueError: a row cannot be used (the message names file, row and column); a model has no usable head.
+        OSError: a file or model cannot be read or written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)  # before the long pass: it may be no place to write
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the long pass, so that an unusable folder fails at once
     groups = load_groups(str(data), split=split, scores_required=False)
     rows = groups.rows
     lines = source_rows(str(data), split=split)
@@ -101,7 +101,7 @@ def score_file(
 
 
 def _settings(model: str) -> dict[str, Any]:
-    """The ``run.yaml`` beside a model that ``nca-kernels train`` has saved."""
+    """The ``run.yaml`` that ``nca-kernels train`` saved with the model; empty if there is none."""
     file = Path(model) / RUN
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -117,7 +117,7 @@ def response_logps(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
 ) -> Rows:
-    """The log-prob of each response of ``rows`` (of ``load_groups``) under a model that is loaded for it."""
+    """Load a model and compute its log-prob of each response of ``rows``, which are those of ``load_groups``."""
     tokenizer = load_tokenizer(model)
     without_scores = rows.remove_columns("scores")
     tokenized = tokenize_groups(without_scores, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length).rows
@@ -137,7 +137,9 @@ def response_logps(
 
 
 def ordered_pairs(values: Rows, scores: list[list[float] | None]) -> tuple[int, int]:
-    """How many pairs of one prompt's responses with different scores have ``values`` in the same order, and of how many."""
+    """Among the pairs of a prompt's responses with different scores: how many have ``values`` in the same order, and how many
+    there are.
+    """
     right = pairs = 0
     for row, given in zip(values, scores, strict=True):
         if given is None:

@@ -14,10 +14,10 @@ from ..models.sampling import Sampled, Sampling, response_seed
 from .prompts import PromptRow
 
 TRIES = 6
-LONGEST_WAIT = 30.0  # seconds between two tries
+LONGEST_WAIT = 30.0  # seconds between two attempts
 TIMEOUT = 600.0  # seconds for one response
 
-# What the same request may not meet again; everything else is the request's own fault.
+# Errors that may not occur again if the request is repeated; all others are the fault of the request.
 _PASSING = (
     openai.APIConnectionError,
     openai.InternalServerError,
@@ -28,9 +28,9 @@ _PASSING = (
 
 
 class Server:
-    """A client that asks for one response at a time, each with a seed of its own, and tries again what failed in passing.
+    """A client that requests one response at a time, each with its own seed, and repeats requests after temporary errors.
 
-    The API key is read from ``OPENAI_API_KEY``; a server of one's own needs none.
+    The API key is read from ``OPENAI_API_KEY``; a local server needs none.
     """
 
     def __init__(self, url: str, model: str, sampling: Sampling, *, first_wait: float = 0.5, timeout: float = TIMEOUT):
@@ -40,11 +40,11 @@ class Server:
         self._stopped = threading.Event()
 
     def responses(self, rows: list[PromptRow], K: int, workers: int) -> Iterator[tuple[PromptRow, list[Sampled]]]:
-        """Each row with its K responses, in the order in which they are complete; at most ``workers`` requests are under way.
+        """Yield each row with its K responses as soon as it is completed. At most ``workers`` requests are in flight.
 
         Raises:
-            ValueError: the server refuses a request, with its words.
-            OSError: the server fails ``TRIES`` times in a row at one request.
+            ValueError: the server refuses a request; the message quotes the server.
+            OSError: one request has failed ``TRIES`` times in a row.
         """
         requests = ((row, k) for row in rows for k in range(K))
         made: dict[int, dict[int, Sampled]] = {}
@@ -58,7 +58,7 @@ class Server:
                 while under_way:
                     yield from self._complete(under_way, made, K)
             finally:
-                self._stopped.set()  # no further try of what is under way
+                self._stopped.set()  # requests in flight are not repeated
                 pool.shutdown(cancel_futures=True)
 
     @staticmethod
@@ -74,7 +74,7 @@ class Server:
                 yield row, [responses[i] for i in range(K)]
 
     def response(self, row: PromptRow, k: int) -> Sampled:
-        """One response, however often it takes, up to ``TRIES``."""
+        """Request one response, in up to ``TRIES`` attempts."""
         pause = self._first_wait
         for attempt in range(1, TRIES + 1):
             try:
@@ -116,7 +116,7 @@ class Server:
 
 
 def _only(answer: Any) -> Any:
-    """The one choice of a whole answer."""
+    """The one choice of an answer; a ValueError if the answer is incomplete."""
     choices = getattr(answer, "choices", None)
     if not choices or getattr(choices[0], "finish_reason", None) is None:
         raise ValueError("the answer was cut off")
@@ -124,7 +124,7 @@ def _only(answer: Any) -> Any:
 
 
 def _wanted_wait(error: Exception) -> float:
-    """The seconds that the server asks for."""
+    """The seconds that the server asks to wait; 0 if it names none."""
     response = getattr(error, "response", None)
     try:
         return min(float(response.headers["retry-after"]), LONGEST_WAIT) if response is not None else 0.0

@@ -29,15 +29,15 @@ from .run_config import Run
 
 
 def prepare(run: Run) -> NCATrainer:
-    r"""The trainer of a run, after printing what will run.
+    r"""Print what will run, and return the trainer of the run.
 
-    Preference data (``chosen`` and ``rejected``) says which response is better, not by how much: there ``alpha`` is 0 unless
-    the run sets it. A model that is trained whole is loaded in float32 unless ``model_init_kwargs`` says otherwise, since
-    bfloat16 weights round small updates away; ``bf16: true`` then computes in bfloat16.
+    Preference data (``chosen`` and ``rejected``) says which response is better but not by how much, so ``alpha`` is 0 for it unless
+    the run sets it. A model without an adapter is loaded in float32 unless ``model_init_kwargs`` says otherwise, because bfloat16
+    weights round small updates away; ``bf16: true`` then computes in bfloat16.
 
     Raises:
-        ValueError, OSError: data that cannot be used, by file, row and column; a model or tokenizer that does not load or
-            does not suit them.
+        ValueError, OSError: the data cannot be used (the message names file, row and column); the model or the tokenizer does not
+            load or does not suit the data.
     """
     sources, config, given, command = run
     say = _speaker(config)
@@ -72,7 +72,7 @@ def prepare(run: Run) -> NCATrainer:
 
 
 def load_data(source: str, split: str, run: Run) -> Groups:
-    """The rows of a file, folder or hub name, as the run's keys say."""
+    """Load the rows of a file, folder or hub name with the settings of the run."""
     sources, config = run.sources, run.config
     return load_groups(
         source, split=split, config_name=sources.config_name, columns=sources.columns, skip_bad_rows=config.skip_bad_rows
@@ -80,14 +80,14 @@ def load_data(source: str, split: str, run: Run) -> Groups:
 
 
 def _watch(trainer: NCATrainer) -> None:
-    """Show a line a log in the place of every metric under its raw name, and samples where they are wanted."""
+    """Replace transformers' output, which prints every metric under its raw name, by one line per log."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ConsoleCallback)
 
 
 def train(trainer: NCATrainer, run: Run) -> None:
-    """Train, save model, card and metrics, and evaluate where there is something to evaluate on.
+    """Train, evaluate if there is an evaluation set, and save the model, its card and the metrics.
 
     ``train_results.json`` also holds the metrics of the last log, each as ``train_last_...``.
     """
@@ -108,7 +108,7 @@ def train(trainer: NCATrainer, run: Run) -> None:
 
 
 def _training(trainer: NCATrainer, run: Run) -> Training:
-    """What the model card tells of the run."""
+    """The facts of the run that its model card reports."""
     sources, config = run.sources, run.config
     data = {"training data": f"{sources.data}: {_counted(trainer.train_dataset)}"}
     if sources.eval_data is not None:
@@ -134,10 +134,10 @@ def _range(counts: list[int]) -> str:
 
 
 def _evaluated(trainer: NCATrainer) -> dict[str, float]:
-    """The metrics of an evaluation after the last step, which ``eval_strategy`` may have had done already."""
+    """The metrics of an evaluation after the last step. It is not repeated if ``eval_strategy`` has already run it."""
     names = [f"eval_{name}_" for name in trainer.eval_dataset] if isinstance(trainer.eval_dataset, dict) else ["eval_"]
     metrics: dict[str, float] = {}
-    if not trainer.args.load_best_model_at_end:  # else the model is another than at the last step
+    if not trainer.args.load_best_model_at_end:  # with it, the model is not that of the last step
         for log in trainer.state.log_history:
             if log.get("step") == trainer.state.global_step:
                 metrics.update({name: value for name, value in log.items() if name.startswith("eval_") or name == "epoch"})
@@ -145,7 +145,7 @@ def _evaluated(trainer: NCATrainer) -> dict[str, float]:
 
 
 def _speaker(config: NCAConfig) -> Callable[[str], None]:
-    """Prints on the first process alone; the others' bars and warnings, which only repeat its own, are turned off."""
+    """``print`` on the first process only. On the others it also turns off progress bars and warnings, which would be repeated."""
     if config.process_index == 0:
         return print
     datasets.disable_progress_bars()
@@ -154,7 +154,7 @@ def _speaker(config: NCAConfig) -> Callable[[str], None]:
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter: ZeRO-3 leaves 0 elements in a tensor whose shards it keeps elsewhere, 4-bit weights are packed."""
+    """The elements of the whole parameter: ZeRO-3 leaves 0 elements in a sharded tensor, and 4-bit weights are packed."""
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return packed.shape.numel()
@@ -170,7 +170,7 @@ def _lora(keywords: dict[str, Any] | None) -> PeftConfig | None:
 
 
 def describe_groups(groups: Groups) -> str:
-    """Prompts, responses, K and what was left out, in words."""
+    """A line with the number of prompts and responses, K, and what was left out."""
     counts = [len(scores) for scores in groups.rows["scores"]]
     skipped = f"; {len(groups.skipped)} bad rows skipped" if groups.skipped else ""
     if groups.dropped:
@@ -179,7 +179,7 @@ def describe_groups(groups: Groups) -> str:
 
 
 def describe_loss(config: NCAConfig, preference: bool) -> str:
-    """The loss and its parameters, in words."""
+    """A line with the loss and its parameters."""
     about = f"{config.loss}, beta {config.beta:g}"
     if "alpha" in LOSSES[config.loss].takes:
         about += f", alpha {config.alpha:g}" + (" (chosen and rejected: a preference)" if preference else "")

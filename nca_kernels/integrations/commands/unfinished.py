@@ -1,4 +1,4 @@
-"""An output file of one line a row that a killed command goes on with."""
+"""An output file with one line per row, which a killed command continues when it is started again."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Row = dict[str, Any]
 class UnfinishedFile:
     r"""Collects the lines of ``out`` in ``out.part`` and moves them to ``out`` once all are there, in the order of the input.
 
-    The first line of ``out.part`` holds what decides the output. A command that finds lines made with other settings refuses to
-    go on. A kill while a line is written leaves half a line at the end, which the next start removes. ``out`` itself is always
-    whole.
+    The first line of ``out.part`` holds the settings that determine the output. A command with other settings refuses to continue.
+    If a command is killed while it writes a line, half a line is left at the end, and the next start removes it. ``out`` itself is
+    always whole.
 
     Args:
         out: the file to write; it must not exist yet.
-        settings: what the lines depend on, by the name that the user knows.
+        settings: the settings that determine the lines, under the names that the user knows.
 
     Raises:
-        ValueError: ``out`` exists, or ``out.part`` was made with other settings, by name.
+        ValueError: ``out`` exists, or ``out.part`` was made with other settings (the message names one).
     """
 
     def __init__(self, out: Path, settings: Row):
