@@ -23,7 +23,7 @@ from .samples import Preferences, response_logps
 
 @dataclass(frozen=True)
 class Method:
-    """What the paper varies: the loss, its parameters, and the number of responses of a prompt that it sees."""
+    """What the paper varies: the loss, its parameters, and the number of responses per prompt."""
 
     loss: str
     K: int = 4
@@ -60,7 +60,8 @@ def align(
 ) -> tuple[LlamaForCausalLM, Curves]:
     """Align a copy of ``reference`` on ``steps`` batches of ``batch_size`` prompts of ``train``.
 
-    The held-out log-probs are taken before the first step and about ``probes`` times after it.
+    The held-out log-probs are computed before the first step and about ``probes`` times after it. Returns the aligned model and
+    its curves.
     """
     model = copy.deepcopy(reference)
     bar = tqdm(total=steps, desc=f"{method.loss}, K = {method.K}", disable=not progress)
@@ -114,7 +115,7 @@ class _Recorder(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._probe(kwargs["model"], 0)
 
-    # Not in on_step_end: the time of the probe would count as the step's.
+    # Not in on_step_end, where the time of the probe would count as part of the step.
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" not in logs:

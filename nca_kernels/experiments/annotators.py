@@ -1,4 +1,4 @@
-"""Annotators: how the scores of training responses come from their exact rewards. The reward for judging stays exact."""
+"""Annotators make the scores of training responses from their exact rewards. Evaluation always uses the exact reward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def normal_08(rewards: Tensor, responses: Tensor, generator: torch.Generator) ->
 
 
 def by_rank(rewards: Tensor, responses: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal noise that is larger among good responses: standard deviation 0.6 for the best of four, then 0.4, 0.2, 0.1."""
+    """Normal noise that is larger for better responses: standard deviation 0.6 for the best of four, then 0.4, 0.2, 0.1."""
     deviations = torch.tensor([0.6, 0.4, 0.2, 0.1])
     order = rewards.argsort(dim=1, descending=True, stable=True)
     deviation = torch.zeros_like(rewards).scatter(1, order, deviations.expand_as(rewards))
@@ -52,7 +52,7 @@ def _normal(rewards: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _of_each_text(noise: Tensor, responses: Tensor) -> Tensor:
-    """The same noise for responses of the same text to one prompt: the annotator reads a text once."""
+    """Use the same noise for equal responses to one prompt, as an annotator gives equal texts the same score."""
     same = (responses[:, :, None] == responses[:, None, :]).all(-1)
     first = same.int().argmax(-1)
     return noise.gather(1, first)

@@ -27,8 +27,8 @@ from .world import WORLDS, Size, World, make_world
 
 TASK = TASKS["sums"]
 
-# Every method has the same beta, alpha and learning rate, tuned for none. The result depends on beta: at 0.1 DPO and InfoNCA end
-# far below the start, at 0.5 all three end above it, three points of exact answers apart. 0.3 lies between.
+# Every method has the same beta, alpha and learning rate, which are tuned for none of them. The result depends on beta: at 0.1 DPO
+# and InfoNCA end far below the start; at 0.5 all three end above it, three points of exact answers apart. 0.3 lies between.
 METHODS = {
     "NCA": Method("nca"),
     "InfoNCA": Method("info_nca"),
@@ -41,11 +41,11 @@ QUICK = Size(hidden_size=16, taught=640, rewarded=40, probed=10, tested=20, step
 
 
 def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FULL, progress: bool = True) -> dict[str, Any]:
-    """Run the demo, print the table, write ``figure2.png`` and ``demo.json`` to ``out``; returns the content of the JSON."""
+    """Run the demo, print the table and write ``figure2.png`` and ``demo.json`` to ``out``. Returns the content of the JSON."""
     out.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be made fails at once
     # Steps of 0.1 s gain little from a second thread, and take 8 times as long if other programs share its core.
     torch.set_num_threads(1)
-    datasets.disable_progress_bars()  # of the preparation of a few thousand rows
+    datasets.disable_progress_bars()  # preparing a few thousand rows needs none
     seconds: dict[str, float] = {}
     with _timed("world", seconds):
         world = make_world(WORLDS["exact"], seed, size, path=path, progress=progress)
@@ -94,7 +94,7 @@ def run_demo(out: Path, *, path: str = "linear", seed: int = 0, size: Size = FUL
 
 
 def _evaluate(model: LlamaForCausalLM, world: World, seed: int) -> dict[str, float]:
-    """Mean reward and share of exact answers, of one sample for each prompt."""
+    """The mean reward and the share of exact answers over one sample for each prompt."""
     _, scores = scored_samples(model, TASK, world.test, 1, torch.Generator().manual_seed(seed))
     return {"reward": scores.mean().item(), "exact": (scores == 1).float().mean().item()}
 

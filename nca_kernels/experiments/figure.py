@@ -16,8 +16,8 @@ COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw the paper's Figure 2. ``curves`` holds ``steps``, ``chosen`` and ``rejected`` of every seed of each method.
 
-    A line is the mean over the seeds, and the band reaches from the lowest to the highest. Each curve is moved to the mean of the
-    starts, because the seeds' models differ more than a method changes them.
+    A line is the mean over the seeds, and the band reaches from the lowest to the highest seed. Each curve is shifted to start at
+    the mean of all starts, because the models of the seeds differ by more than a method changes them.
     """
     figure = _figure(9, 3.6)
     panels = figure.subplots(1, 2, sharex=True)
@@ -54,7 +54,7 @@ def draw_points(results: dict[str, list[float]], label: str, path: Path) -> None
 
 
 def draw_lines(panels: dict[str, dict[str, list[tuple[float, float]]]], x: str, y: str, path: Path, log_x: bool = False) -> None:
-    """A panel for each world; in it a line through the points of each method, in the order of x."""
+    """Draw a panel for each world with a line through the points of each method, sorted by x."""
     figure = _figure(4.5 * len(panels), 3.6)
     for axes, (world, lines) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         for (name, points), color in zip(lines.items(), COLORS, strict=False):

@@ -1,4 +1,4 @@
-"""Intervals and answers, as docs/protocol.md defines them."""
+"""Confidence intervals and answers as docs/protocol.md defines them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval; without an interval for a single value."""
+    """A mean and its 95% confidence interval; a single value has no interval."""
 
     mean: float
     half: float | None
@@ -32,25 +32,25 @@ class Interval:
 
 
 def interval(values: list[float]) -> Interval:
-    """Student's interval of the mean of one value a seed."""
+    """Student's t interval of the mean; ``values`` has one value per seed."""
     n = len(values)
     return Interval(mean(values), _T[n - 2] * stdev(values) / n**0.5 if n > 1 else None)
 
 
 def paired(values: list[float], others: list[float]) -> Interval:
-    """The interval of the mean difference, seed by seed."""
+    """The interval of the mean of the differences, each between two values of the same seed."""
     return interval([value - other for value, other in zip(values, others, strict=True)])
 
 
 def answer(difference: Interval, delta: float) -> str:
-    """Yes: above 0. No: an effect of ``delta`` is excluded."""
+    """Yes if the interval is above 0; no if it excludes an effect of ``delta``."""
     if difference.low > 0:
         return "yes"
     return "no" if difference.high < max(delta, 0.0) else "cannot tell"
 
 
 def share_above(groups: list[list[bool]], draws: int = 10_000) -> tuple[float, float, float]:
-    """A share and its 95% bootstrap interval, whole groups drawn: the runs of one setting belong together."""
+    """A share and its 95% bootstrap interval. Whole groups are resampled, because the runs of one setting are not independent."""
     counts = np.array([[sum(group), len(group)] for group in groups])
     picked = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
     sums = counts[picked].sum(1)

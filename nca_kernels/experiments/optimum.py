@@ -1,6 +1,6 @@
-r"""How near trained rewards come to the closed-form optimum of the loss on their own prompts.
+r"""Measures how close trained rewards come to the closed-form optimum of the loss on the training prompts.
 
-For free rewards ``r`` the minimum of InfoNCA is ``r_i = s_i / alpha + C`` with any C per prompt, that of NCA
+If the rewards ``r`` are free, the minimum of InfoNCA is ``r_i = s_i / alpha + C`` with any C per prompt, and that of NCA is
 ``r_i = log(K softmax(s / alpha)_i)`` (Chen et al. 2024, arXiv 2402.05369, and ``docs/math.md``).
 """
 
@@ -17,8 +17,8 @@ def fit(method: Method, scores: Tensor, rewards: Tensor) -> dict[str, float]:
     """Slope of the rewards against the optimum, and the root-mean-square deviation relative to the optimum's own spread.
 
     Args:
-        method: with loss ``"nca"`` or ``"info_nca"`` and ``alpha`` > 0.
-        scores: [n, K], as trained on.
+        method: a method with loss ``"nca"`` or ``"info_nca"`` and ``alpha`` > 0.
+        scores: [n, K], those of the training.
         rewards: [n, K], ``beta * (logps - ref_logps)`` after training.
     """
     if method.loss == "info_nca":

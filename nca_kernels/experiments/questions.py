@@ -1,4 +1,4 @@
-"""The questions of docs/protocol.md: what each compares, its table and its picture."""
+"""The questions of docs/protocol.md: for each its contenders, its table and its picture. A contender is a method in a world."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .search import Contender
 
 @dataclass(frozen=True)
 class Outcome:
-    """A contender's tuned method, the records of its search, and those of its tests, one a seed."""
+    """A contender's tuned method, the records of its search, and the records of its tests, one per seed."""
 
     method: Method | None
     trials: list[dict[str, Any]]
@@ -29,7 +29,7 @@ class Outcome:
         return [record[name] for record in self.records]
 
     def moved(self, which: str) -> list[float]:
-        """How far the mean held-out log-prob of the ``chosen`` or ``rejected`` responses moved over the training."""
+        """The change of the mean held-out log-prob of the ``chosen`` or ``rejected`` responses over the training, per seed."""
         return [record[which][-1] - record[which][0] for record in self.records]
 
 
@@ -38,7 +38,7 @@ Outcomes = dict[Contender, Outcome]
 
 @dataclass(frozen=True)
 class Question:
-    """What it compares; its answers as Markdown; its picture, if it has one."""
+    """The contenders that a question compares, its answers as Markdown, and its picture, if it has one."""
 
     contenders: tuple[Contender, ...]
     table: Callable[[Outcomes], str]
@@ -85,7 +85,7 @@ def _parameters(method: Method | None) -> str:
 
 
 def _delta(outcomes: Outcomes, world: str) -> float:
-    """Half of the lead of DPO over all pairs, and at least 0.003."""
+    """The ``delta`` of a world: half of the lead that DPO on all pairs has over DPO on the best against the rest, >= 0.003."""
     dpo, every = (outcomes[replace(contender, world=world)].values("reward") for contender in (DPO, DPO_ALL))
     return max(0.003, (mean(every) - mean(dpo)) / 2)
 
@@ -175,7 +175,7 @@ def _sign(change: Interval) -> str:
 
 
 def _curves(outcomes: Outcomes) -> dict[tuple[str, str], list[Outcome]]:
-    """The outcomes along beta, for each world and method."""
+    """The outcomes in the order of beta, for each world and method."""
     curves: dict[tuple[str, str], list[Outcome]] = {}
     for contender, outcome in outcomes.items():
         if contender.given:
@@ -184,7 +184,7 @@ def _curves(outcomes: Outcomes) -> dict[tuple[str, str], list[Outcome]]:
 
 
 def _at_kl(curve: list[Outcome], seed: int, kl: float) -> float:
-    """The reward at this KL on the line through a seed's points, sorted by KL; the end's beyond the ends."""
+    """The reward at this KL on the line through a seed's points, sorted by KL; beyond the ends, that of the nearest end."""
     points = sorted((outcome.records[seed]["kl"], outcome.records[seed]["reward"]) for outcome in curve)
     return float(np.interp(kl, [x for x, _ in points], [y for _, y in points]))
 
@@ -213,7 +213,7 @@ def _settings(outcomes: Outcomes) -> str:
 
 
 def _share(outcome: Outcome, start: Outcome) -> tuple[float, float, float]:
-    """Of the runs of the search that end above the supervised model of the same seed, on the validation problems."""
+    """The share of the search's runs that end above the supervised model of the same seed, on the validation problems."""
     level = {record["settings"]["seed"]: record["reward"] for record in start.trials}
     groups: dict[str, list[bool]] = {}
     for record in outcome.trials:

@@ -1,4 +1,4 @@
-"""The paper's experiments in small: ``nca-kernels reproduce``. Every run is kept as it ends, and is done once."""
+"""The paper's experiments at a small size: ``nca-kernels reproduce``. The record of every run is stored, so no run is repeated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHUNK = 48
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a reproduction is. A seed stands for all that is random: problems, model, samples, batches."""
+    """The size of a reproduction. A seed determines everything that is random: problems, model, samples and batches."""
 
     size: Size = Size(hidden_size=128, taught=700 * 64, rewarded=2800, probed=150, validated=4000, tested=4000, steps=150)
     draws: int = 8
@@ -35,13 +35,13 @@ class Scale:
     seeds: tuple[int, ...] = tuple(range(12))
 
     def tests(self, contender: Contender) -> list[tuple[int, Size]]:
-        """The test seeds of a contender and the size of its runs; what is not tuned has fewer seeds."""
+        """The test seeds of a contender, each with the size of its run; a contender that is not tuned has fewer seeds."""
         size = replace(self.size, steps=6 * self.size.steps) if contender.world == "unlikely" else self.size
         fewer = contender.given is not None and contender.world != "chains"
         return [(seed, size) for seed in (self.seeds[:5] if fewer else self.seeds)]
 
 
-# Taught so little, the model has one chain in some hundreds right, by luck: enough to have pairs.
+# With so little training the model gets about one chain in a few hundred right, by luck, which is enough to have pairs.
 QUICK = Scale(
     Size(hidden_size=32, taught=120 * 64, rewarded=400, probed=200, validated=20, tested=20, steps=4, batch_size=4),
     draws=1,
@@ -51,9 +51,9 @@ QUICK = Scale(
 
 
 def run(what: str, out: Path, quick: bool = False, workers: int = 0) -> None:
-    """Do the runs that ``out/runs`` lacks; write ``out/NAME.md`` and, where there is a picture, ``out/NAME.png`` for each question.
+    """Do the runs that are missing in ``out/runs``; write ``out/NAME.md`` and, if it has a picture, ``out/NAME.png`` per question.
 
-    ``workers``: processes that run side by side; 0 for one a core.
+    ``workers``: the number of parallel processes; 0 for one per core.
     """
     scale = QUICK if quick else Scale()
     names = list(QUESTIONS) if what == "all" else [what]
@@ -74,7 +74,7 @@ def report(name: str, question: Question, outcomes: Outcomes, out: Path) -> None
 
 
 def compare(contenders: Iterable[Contender], folder: Path, scale: Scale, workers: int = 1) -> Outcomes:
-    """Tune each contender, then run it at its best with every test seed."""
+    """Tune each contender, then run its best method with every test seed."""
     contenders = tuple(contenders)
     trials = {contender: contender.trials(scale.draws, scale.tuning_seeds, scale.size) for contender in contenders}
     searched = _do(trials, folder, "search", workers)
@@ -88,7 +88,7 @@ def compare(contenders: Iterable[Contender], folder: Path, scale: Scale, workers
 
 
 def _do(wanted: dict[Contender, list[Settings]], folder: Path, desc: str, workers: int) -> dict[Contender, list[dict[str, Any]]]:
-    """The records of all these runs, the missing ones run now."""
+    """The records of all these runs; those that are missing are run now."""
     missing = [
         settings
         for settings in dict.fromkeys(s for of_one in wanted.values() for s in of_one)
@@ -110,7 +110,7 @@ def _do(wanted: dict[Contender, list[Settings]], folder: Path, desc: str, worker
 
 
 def _chunks(missing: list[Settings]) -> Iterator[list[Settings]]:
-    """Runs of one world and seed together, and worlds that share their reference after each other."""
+    """Group the runs of one world and seed, and put worlds that share their reference model after each other."""
 
     def world(settings: Settings) -> tuple[Any, ...]:
         return WORLDS[settings.world].task, settings.seed, bool(WORLDS[settings.world].writers), settings.world, settings.size.steps
@@ -121,8 +121,8 @@ def _chunks(missing: list[Settings]) -> Iterator[list[Settings]]:
 
 
 def _execute(chunk: list[Settings], folder: Path) -> int:
-    torch.set_num_threads(1)  # the numbers depend on the order of the sums
-    datasets.disable_progress_bars()  # each run would show some
+    torch.set_num_threads(1)  # results depend on the order of sums, which depends on the number of threads
+    datasets.disable_progress_bars()  # each run would show several
     for settings in chunk:
         runs.store(runs.execute(settings), settings, folder)
     return len(chunk)

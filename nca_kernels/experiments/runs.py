@@ -26,7 +26,10 @@ SAMPLES = {"validation": 1, "test": 4}
 
 @dataclass(frozen=True)
 class Settings:
-    """``world`` names a kind of ``WORLDS``; ``method`` None is the supervised model; ``split`` is ``validation`` or ``test``."""
+    """Everything that determines a run.
+
+    ``world`` names a kind of ``WORLDS``. ``method`` None is the supervised model. ``split`` is ``validation`` or ``test``.
+    """
 
     world: str
     method: Method | None
@@ -36,14 +39,14 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """Name of the record's file: what a reader looks for, and a digest of all settings."""
+        """The name of the record's file: the settings that a reader looks for, and a digest of all settings."""
         method = f"{self.method.loss}-{self.method.K}" if self.method else "supervised"
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.world}-{method}-{self.split}-{self.seed}-{digest}"
 
 
 def is_stored(settings: Settings, folder: Path) -> bool:
-    """Whether this run has ended before."""
+    """Whether this run has already ended and stored its record."""
     return _file(settings, folder).exists()
 
 
@@ -53,7 +56,7 @@ def load(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def store(record: dict[str, Any], settings: Settings, folder: Path) -> None:
-    """Write the record whole or not at all: a killed program leaves no half of a file that the next one would read."""
+    """Write the record whole or not at all, so that a killed program leaves no half-written file for the next one to read."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{settings.name}.part"
     unfinished.write_text(json.dumps(record) + "\n")
@@ -65,11 +68,12 @@ def _file(settings: Settings, folder: Path) -> Path:
 
 
 def execute(settings: Settings) -> dict[str, Any]:
-    """Run it.
+    """Do the run and return its record.
 
-    ``reward`` and ``exact`` (the share of the highest reward) are means over :data:`SAMPLES` of each held-out problem, with the
-    standard error of the reward. ``kl`` estimates KL(policy || reference) on the same samples, with its standard error; a run of
-    the search has none. ``chosen`` and ``rejected`` are mean log-probs of held-out best and worst responses, at ``steps``.
+    ``reward`` and ``exact`` (the share of samples with the highest reward) are means over :data:`SAMPLES` samples of each held-out
+    problem, with the standard error of the reward. ``kl`` estimates KL(policy || reference) on the same samples, with its standard
+    error; a run of the search has no ``kl``. ``chosen`` and ``rejected`` are the mean log-probs of held-out best and worst
+    responses, at ``steps``.
     """
     began = time.perf_counter()
     world, size = _world(settings.world, settings.seed, settings.size), settings.size
@@ -85,7 +89,7 @@ def execute(settings: Settings) -> dict[str, Any]:
             steps=size.steps,
             batch_size=size.batch_size,
             probes=2,
-            share_prompt=True,  # the same function in two thirds of the time
+            share_prompt=True,  # the same results in two thirds of the time
         )
     task = TASKS[WORLDS[settings.world].task]
     samples = SAMPLES[settings.split]
@@ -112,7 +116,7 @@ def execute(settings: Settings) -> dict[str, Any]:
 
 
 def _error(values: Tensor) -> float:
-    """The standard error of the mean of values [n, K]: samples of one problem are not independent."""
+    """The standard error of the mean of values [n, K]. It uses the mean of each problem, whose samples are not independent."""
     return round((values.mean(1).std() / len(values) ** 0.5).item(), 5)
 
 

@@ -62,7 +62,7 @@ class Preferences:
         return Preferences(self.tokens[index], self.labels[index], self.scores[index], self.ref_logps[index])
 
     def ends(self) -> Preferences:
-        """A best and a worst response of each prompt."""
+        """Only a best and a worst response of each prompt."""
         ends = torch.stack([self.scores.argmax(1), self.scores.argmin(1)], 1)
         return self.at((torch.arange(len(self))[:, None], ends))
 
@@ -77,7 +77,7 @@ class Preferences:
 
 @torch.no_grad()
 def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path: str) -> Tensor:
-    """The log-probs of the responses of rows [n, K, T], [n, K]: without logits (path ``linear``), or with them."""
+    """The log-probs [n, K] of the responses in rows [n, K, T], without materialised logits (path ``linear``) or from them."""
     logps = []
     for batch, targets in zip(tokens.flatten(0, 1).split(ROWS), labels.flatten(0, 1).split(ROWS), strict=True):
         hidden = model.model(batch, use_cache=False).last_hidden_state
@@ -89,7 +89,7 @@ def response_logps(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor, path
 
 
 def prefer(model: LlamaForCausalLM, task: Task, problems: Tensor, responses: Tensor, scores: Tensor, path: str) -> Preferences:
-    """Scored responses [n, K, R] with their log-probs under ``model``, without problems whose responses all score alike."""
+    """Scored responses [n, K, R] with their log-probs under ``model``. Problems whose responses all score alike are left out."""
     differ = scores.amax(1) > scores.amin(1)
     if not differ.any():
         raise ValueError(
@@ -109,9 +109,9 @@ def scored_samples(
 
 @torch.no_grad()
 def log_ratios(model: LlamaForCausalLM, reference: LlamaForCausalLM, task: Task, problems: Tensor, responses: Tensor) -> Tensor:
-    """``logp - ref_logp`` of responses [n, K, R], [n, K]; each prompt is computed once.
+    """``logp - ref_logp`` [n, K] of responses [n, K, R]; each prompt is computed once.
 
-    The mean over samples of ``model`` is an unbiased estimate of KL(model || reference).
+    For samples of ``model`` the mean is an unbiased estimate of KL(model || reference).
     """
     K = responses.shape[1]
     ratios = []

@@ -1,4 +1,4 @@
-"""What is compared, and how each of it is tuned: the same draws of beta, alpha and learning rate, on three validation seeds."""
+"""Contenders and their tuning: all get the same draws of beta, alpha and learning rate, on three validation seeds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RANGES = {"beta": (0.1, 3.0), "alpha": (0.05, 1.0), "lr": (4e-5, 4e-4)}
 class Contender:
     """A method in a world, before its tuning.
 
-    ``loss`` None is the supervised model. ``pairwise``: the scores say which response is best and no more (alpha 0).
-    ``given``: beta, alpha and learning rate, in place of a search.
+    ``loss`` None is the supervised model. With ``pairwise`` the scores only say which response is best (alpha 0). ``given`` holds
+    beta, alpha and learning rate, and replaces the search.
     """
 
     name: str
@@ -35,13 +35,13 @@ class Contender:
     world: str = "exact"
 
     def at(self, beta: float, alpha: float, lr: float) -> Method:
-        """The method with these parameters; one that does not read alpha has 0."""
+        """The method with these parameters; alpha is 0 if the loss does not read it."""
         assert self.loss is not None, "the supervised model has no parameters"
         reads_alpha = "alpha" in LOSSES[self.loss].takes and not self.pairwise
         return Method(self.loss, self.K, beta, alpha if reads_alpha else 0.0, self.pairs, lr)
 
     def trials(self, n: int, seeds: tuple[int, ...], size: Size) -> list[Settings]:
-        """The runs of its search; the supervised model has one a seed, beside which the others stand."""
+        """The runs of its search. The supervised model has one per seed, with which the others are compared."""
         if self.given:
             return []
         if self.loss is None:
@@ -63,7 +63,8 @@ class Contender:
 
 def draws(n: int) -> list[dict[str, float]]:
     """The first ``n`` points of a Sobol sequence, which covers :data:`RANGES` evenly on logarithmic scales."""
-    # With this seed no two parameters of the first sixteen points are correlated by more than 0.05, with others by up to 0.21.
+    # With this seed the correlation of any two parameters over the first sixteen points is at most 0.05; other seeds give up to
+    # 0.21.
     points = SobolEngine(len(RANGES), scramble=True, seed=8).draw(n).tolist()
     return [
         {name: float(f"{low * (high / low) ** x:.2g}") for (name, (low, high)), x in zip(RANGES.items(), point, strict=True)}

@@ -1,4 +1,4 @@
-"""The tasks of the small models: written arithmetic, where the reward is a known function of the response."""
+"""The tasks of the small models: arithmetic in text, where the reward is a known function of the response."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Task:
         return _tokens(["+".join(map(str, problem)) + "=" for problem in problems.tolist()])
 
     def answers(self, problems: Tensor) -> Tensor:
-        """The right responses' tokens, [n, R]."""
+        """The tokens of the right responses, [n, R]."""
         return _tokens([self._answer(problem) for problem in problems.tolist()])
 
     def rewards(self, problems: Tensor, responses: Tensor) -> Tensor:
-        """Of responses [n, K, R], in [0, 1], [n, K]."""
+        """The rewards [n, K], in [0, 1], of responses [n, K, R]."""
         raise NotImplementedError
 
     def _answer(self, numbers: list[int]) -> str:
@@ -81,7 +81,7 @@ class Near(Sums):
         digits = torch.where(responses < 10, responses, torch.tensor(10))
         value = (digits * places).sum(-1)
         error = (value - problems.sum(-1, keepdim=True)).abs().clamp(max=9999)
-        # A response with a sign in the place of a digit is no number.
+        # A response with a sign in place of a digit is not a number.
         return torch.where((digits < 10).all(-1), 1 - (1 + error.float()).log2() / math.log2(10_000), 0.0)
 
 

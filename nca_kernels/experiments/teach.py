@@ -1,8 +1,8 @@
-"""The supervised model, with the same weights on every machine, so that runs may go on where they stopped on another one.
+"""Trains the supervised model to the same weights on every machine, so that runs can be continued on another one.
 
-Training amplifies rounding: after 250 steps in float32, and in float64 too, a CPU with other vector instructions has another model.
-Here every step is computed in float64, and then each weight is rounded to a grid. The grid is far coarser than the rounding of
-float64, so a weight that two CPUs round differently ends at the same point of the grid, and far finer than a step.
+Training amplifies rounding: after 250 steps in float32, and also in float64, a CPU with other vector instructions gets another
+model. Here every step is computed in float64, and then each weight is rounded to a grid. The grid is far coarser than the rounding
+of float64, so a weight that two CPUs round differently ends at the same grid point, and far finer than a step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ IGNORED = -100
 # The grid of the weights. A weight of less than 256 on it is a float32 number.
 GRID = 2.0**-16
 HEADS = 4
-THETA = 100.0  # of the rotary position embeddings: for a dozen positions
+THETA = 100.0  # the base of the rotary position embeddings, for a dozen positions
 
 
 def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
     """A Llama with random weights; 1.2 M parameters by default.
 
-    It is wide and shallow, and its rope base suits a dozen positions: this learns sums in 200 to 400 steps of 64. Four layers of
-    width 128 with the usual base of 10,000 learned next to nothing in that time.
+    It is wide and shallow, and the base of its rotary embeddings suits a dozen positions: it learns sums in 200 to 400 steps of 64.
+    Four layers of width 128 with the usual base of 10,000 learned almost nothing in that time.
     """
     config = LlamaConfig(
         vocab_size=len(CHARS),
@@ -46,7 +46,7 @@ def build_model(seed: int, hidden_size: int = 192) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim == 2:
-            # In float64: float32 random numbers depend on the CPU's vector instructions.
+            # In float64, because float32 random numbers depend on the CPU's vector instructions.
             drawn = 0.06 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data = _on_grid(drawn).float()
     return model
@@ -95,7 +95,7 @@ def _on_grid(weights: Tensor) -> Tensor:
 
 
 def _in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy that computes in float64 throughout: the Llama of transformers has its norms and angles in float32."""
+    """A copy that computes everything in float64. The Llama of transformers computes norms and rotary angles in float32."""
     exact = copy.deepcopy(model).double()
     exact.model.rotary_emb = _Angles(model.config.hidden_size // HEADS)
     for layer in exact.model.layers:

@@ -1,4 +1,4 @@
-"""What a seed decides for every method: the problems, the supervised model, its training responses and their scores."""
+"""A world is what a seed determines for every method: problems, the supervised model, training responses and their scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .teach import build_model, teach
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a world and its runs; by default a world takes half a minute on one core, a run in it ten seconds."""
+    """The sizes of a world and its runs. By default a world takes half a minute on one core, and a run in it ten seconds."""
 
     hidden_size: int = 192
     taught: int = 500 * 64  # at most: supervised training ends at the target loss of the task
@@ -32,12 +32,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Kind:
-    """How the training responses of a world come about and are scored. The reward that judges a model is always the task's.
+    """How the training responses of a world are made and scored. Models are always evaluated with the reward of the task.
 
-    ``writers``: the loss per token to which each of four other models is taught; each writes one response a prompt, and the
-    reference, which training starts from, writes none. Without them the reference writes all.
-    ``unlikely``: keep this many prompts whose responses all differ and have a probability of at most 0.2 each, so that the
-    closed-form optimum is one that a model can reach.
+    ``writers``: the losses per token to which four other models are trained. Each of them writes one response per prompt, and the
+    reference, from which training starts, writes none. Without ``writers`` the reference writes all responses.
+    ``unlikely``: keep only this many prompts, whose responses all differ and have a probability of at most 0.2 each, so that a
+    model can reach the closed-form optimum.
     """
 
     task: str = "sums"
@@ -46,7 +46,7 @@ class Kind:
     unlikely: int | None = None
 
 
-# The loss per token to which the four writers are taught; the policy's is 0.25.
+# The losses per token to which the four writers are trained; that of the policy is 0.25.
 WRITERS = (0.9, 0.6, 0.4, 0.15)
 
 WORLDS = {
@@ -65,10 +65,10 @@ WORLDS = {
 
 @dataclass(frozen=True)
 class World:
-    """The supervised model and the data of one seed. No problem is in two parts."""
+    """The supervised model and the data of one seed. The parts of the data share no problem."""
 
     reference: LlamaForCausalLM
-    supervised_loss: list[float]  # of each step
+    supervised_loss: list[float]  # one per step
     train: Preferences
     probe: Preferences
     validation: Tensor  # problems
@@ -76,9 +76,9 @@ class World:
 
 
 def make_world(kind: Kind, seed: int, size: Size, *, path: str = "linear", progress: bool = False) -> World:
-    """A function of its arguments alone, as long as PyTorch runs on one thread.
+    """Make a world. The result depends only on the arguments, as long as PyTorch runs on one thread.
 
-    Worlds of one task and seed that differ in their annotator alone have the same problems, reference and responses.
+    Worlds of one task and seed that differ only in their annotator have the same problems, reference and responses.
     """
     task = TASKS[kind.task]
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def _unlikely(train: Preferences) -> Tensor:
     return (~same & (train.ref_logps.exp() <= 0.2).all(1)).nonzero()[:, 0]
 
 
-# Worlds that differ in their annotator alone follow each other, and teaching takes longer than a run.
+# Worlds that differ only in their annotator follow each other, and training the model takes longer than a run.
 @lru_cache(maxsize=8)
 def _taught(
     task: str, seed: int, hidden_size: int, target: float, taught: _Problems, progress: bool
@@ -123,7 +123,7 @@ def _taught(
 
 
 class _Problems:
-    """Problems as a key of a cache."""
+    """Makes problems usable as a key of a cache."""
 
     def __init__(self, values: Tensor):
         self.values = values
@@ -139,5 +139,5 @@ class _Problems:
 def taught_model(
     task: str, seed: int, hidden_size: int, target: float, taught: Tensor, progress: bool
 ) -> tuple[LlamaForCausalLM, list[float]]:
-    """A model taught on ``taught`` to the loss ``target``, and the losses. The same one for the same arguments: do not train it."""
+    """A model trained on ``taught`` to the loss ``target``, and its losses. The model is cached and shared: do not train it."""
     return _taught(task, seed, hidden_size, target, _Problems(taught), progress)
