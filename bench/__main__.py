@@ -78,7 +78,7 @@ def _suite(name: str) -> ModuleType:
 
 def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -> Path:
     """Measure the cases of a suite; return the path of its JSON."""
-    warnings.filterwarnings("ignore", module="torch")  # of other packages, at every call
+    warnings.filterwarnings("ignore", module="torch")  # other packages warn at every call
     torch.manual_seed(0)
     started = time.monotonic()
     document: dict[str, Any] = {"header": schema.header(name, device), "rows": []}
@@ -88,13 +88,13 @@ def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -
     for rows in (rows for case in cases for rows in _measured(name, device, case, budget)):
         document["rows"] += rows
         print(schema.table(rows), flush=True)
-        file = schema.write(out, document)  # now, so that a run that is stopped keeps what it has
+        file = schema.write(out, document)  # after each case, so that a run that is stopped keeps its results
     print(f"{name}: {time.monotonic() - started:.0f} s")
     return file
 
 
 def _measured(name: str, device: str, case: tuple, budget: Budget) -> Iterator[list[dict]]:
-    """The rows of each problem of a case, or one row with the reason if its inputs or truth fail (too little memory, say)."""
+    """The rows of each problem of a case, or one row with the reason if making its inputs or truth fails (out of memory, say)."""
     try:
         if name == "step":
             yield schema.rows(name, *_suite(name).measured(case, device, budget.seconds))

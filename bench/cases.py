@@ -1,4 +1,7 @@
-"""Parts of a suite: problems, the implementations that solve them, and the ceilings that bound their speed."""
+"""The parts of a suite: problems, the implementations that solve them, and the ceilings that bound their speed.
+
+A problem's truth is its result in float64, and its leaves are the inputs whose gradients are wanted.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +27,17 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One competitor. ``build`` imports it and returns a function from the problem's tensors to its values."""
+    """One implementation to time. ``build`` imports it and returns a function from the problem's tensors to its values."""
 
     name: str
     build: Callable[[], Call]
-    negated: bool = False  # it returns losses where the problem asks for log-probs
-    inplace: bool = False  # its backward destroys the leaves
+    negated: bool = False  # it returns losses, and the problem asks for log-probs
+    inplace: bool = False  # its backward overwrites the leaves
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A plain operation on the same tensors that moves ``amount`` bytes, or does as many FLOP, at the machine's full speed."""
+    """A plain operation on the same tensors that moves ``amount`` bytes, or does ``amount`` FLOP, at the machine's full speed."""
 
     build: Callable[[], Callable[[Tensors], object]]
     amount: int
@@ -42,7 +45,7 @@ class Ceiling:
 
 @dataclass
 class Problem:
-    """One case and pass: inputs, truth, and the least amount of work that solves it."""
+    """One case and pass: the inputs, the truth, and the least amount of work that solves it."""
 
     case: str
     pass_name: str  # "fwd", "fwd+bwd" or "step"
@@ -54,7 +57,7 @@ class Problem:
     kind: str | None = None  # "bytes", "flop" or "tokens": what `amount` counts
     amount: int | None = None
     bound_by: str | None = None  # the ceiling that bounds it
-    unit: str | None = None  # the ceiling that its times are counted in
+    unit: str | None = None  # the ceiling whose time is the unit of its times
     ceilings: dict[str, Ceiling] = field(default_factory=dict)
     repeats: int = 1  # calls in one timed sample; more than 1 includes the cost of launching
 
@@ -68,14 +71,14 @@ def random_labels(rows: int, vocab: int, ignored: bool, device: str) -> Tensor:
 
 
 def plain_logps(logits: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a user would write: ``log_softmax`` in float32, then ``gather``."""
+    """The usual PyTorch code: ``log_softmax`` in float32, then ``gather``."""
     logps = logits.to(dtype).log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return logps.masked_fill(labels == IGNORE_INDEX, 0.0)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` under ``torch.compile``, for the shapes of its first call."""
-    # Without the reset the second shape compiles with dynamic sizes, and the ninth not at all.
+    # Without the reset the second shape is compiled with dynamic sizes, and the ninth is not compiled at all.
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -109,9 +112,9 @@ def on_gpu(device: str, build: Callable[[], Call]) -> Callable[[], Call]:
 
 
 class LogpTruth:
-    """Log-probs and gradients in float64 and closed form, some rows at a time, since all of them do not fit in memory.
+    """Log-probs and gradients in float64 from their closed form, in blocks of rows, because all rows do not fit in memory.
 
-    ``rows(start, stop)`` gives the float64 logits of these rows.
+    ``rows(start, stop)`` returns the float64 logits of these rows.
     """
 
     CHUNK_BYTES = 2**28

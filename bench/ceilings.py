@@ -1,4 +1,4 @@
-"""Speed of reading, copying and multiplying on this machine, to which the suites compare their times."""
+"""The speed of reading, copying and multiplying on this machine, with which the suites compare their times."""
 
 from __future__ import annotations
 

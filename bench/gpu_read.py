@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 16384  # 64 KiB a program of 512 threads: eight 16-byte loads in flight in each
+BLOCK = 16384  # 64 KiB per program of 512 threads: each thread has eight 16-byte loads in flight
 
 
 @triton.jit
@@ -17,6 +17,6 @@ def read_kernel(words, sums, count, BLOCK: tl.constexpr):
 
 
 def read_all(tensor: torch.Tensor, sums: torch.Tensor) -> None:
-    """Read ``tensor``; ``sums`` gets one number of each block, so that no read is dropped."""
+    """Read ``tensor``. ``sums`` gets one number per block, so that the compiler drops no read."""
     words = tensor.flatten().view(torch.int32)
     read_kernel[(triton.cdiv(words.numel(), BLOCK),)](words, sums, words.numel(), BLOCK, num_warps=16)

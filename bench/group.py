@@ -31,7 +31,7 @@ def info_nca(logps: Tensor, ref_logps: Tensor, scores: Tensor) -> Tensor:
 
 
 def dpo(logps: Tensor, ref_logps: Tensor, scores: Tensor) -> Tensor:
-    """The best against each of the rest; scores come in descending order, so the best is column 0."""
+    """The best response against each of the others; scores are in descending order, so the best is column 0."""
     r = BETA * (logps - ref_logps)
     return -F.logsigmoid(r[:, :1] - r[:, 1:]).mean()
 
@@ -83,7 +83,7 @@ def implementations(name: str, device: str) -> list[Implementation]:
     return [
         *(Implementation(f"nca_kernels {backend}", on(backend)) for backend in BACKENDS[device]),
         Implementation(f"nca_kernels {BACKENDS[device][0]} again", on(BACKENDS[device][0])),
-        Implementation("plain", plain),  # without masks or checks: the least that a user would write
-        Implementation("reference", on("torch")),  # with them
+        Implementation("plain", plain),  # the shortest code, without masks or checks
+        Implementation("reference", on("torch")),  # with masks and checks
         Implementation("torch.compile", torch_compile),
     ]

@@ -57,9 +57,9 @@ def problem(name: str, rows: int, width: int, vocab: int, dtype: str, ignored: b
     """One of :data:`PASSES` at one size."""
     leaves, gemms = PASSES[name]
     labels = random_labels(rows, vocab, ignored, device)
-    weight = (2 / width**0.5 * torch.randn(vocab, width, device=device)).to(DTYPES[dtype])  # logits of deviation 2
+    weight = (2 / width**0.5 * torch.randn(vocab, width, device=device)).to(DTYPES[dtype])  # logits have a standard deviation of 2
     hidden = torch.randn(rows, width, device=device)
-    # A row of weight has the squared length 4: the labels' logits rise by up to 12.
+    # A row of weight has a squared norm of about 4, so this raises the logits of the labels by up to 12.
     hidden += 3 * torch.rand(rows, 1, device=device) * weight[labels.clamp(min=0)].float()
     hidden = hidden.to(DTYPES[dtype])
     upstream = torch.randn(rows, device=device) if leaves else None
@@ -140,7 +140,7 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
         def call(tensors: Tensors) -> Tensor:
             hidden, weight, labels = tensors["hidden"], tensors["weight"], tensors["labels"]
             mask = labels != IGNORE_INDEX
-            # As its trainer does: only positions with a label where it has Triton kernels, all positions elsewhere.
+            # As in its trainer: only labelled positions if it has Triton kernels, otherwise all positions.
             if hidden.is_cuda:
                 logps = ChunkedLogProbFunction.apply(hidden[mask], weight, None, labels[mask], 1.0, TRL_CHUNK, None, 1.0, ())[0]
                 return logps.new_zeros(mask.shape).masked_scatter(mask, logps)

@@ -1,7 +1,7 @@
-"""The linear family beside its parts: the GEMMs into memory that is there and the row kernels, each timed alone.
+"""Compares the linear functions with their parts: the GEMMs into allocated memory and the row kernels, each timed alone.
 
-``python -m bench.linear_parts`` prints, for each case and dtype, milliseconds of the call, of its parts, and their quotient. Kept
-logits lie in memory where a tile lies in cache, so ``save_budget`` is to be compared with the trained head without it.
+``python -m bench.linear_parts`` prints, for each case and dtype, the milliseconds of the call and of its parts, and their quotient.
+Kept logits are in memory and a tile is in cache, so compare ``save_budget`` with the trained head without it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIONS = RowOptions(ignore_index=-100, scale=1.0, softcap=None, backend="cpu")
 
 
 def _best(function: Callable[[], object]) -> float:
-    """The fastest of some rounds, in milliseconds."""
+    """The time of the fastest round, in milliseconds."""
     function()
     times = []
     for _ in range(ROUNDS):
@@ -33,7 +33,7 @@ def _best(function: Callable[[], object]) -> float:
 
 
 def parts(hidden: Tensor, weight: Tensor, labels: Tensor, frozen: bool) -> dict[str, float]:
-    """Milliseconds for all tiles of each GEMM and row kernel, measured on the first tile."""
+    """Milliseconds of each GEMM and row kernel for all tiles, extrapolated from the first tile."""
     tiling = Tiling(M, V, hidden.new_empty(0), hidden.dtype, frozen)
     block, columns = tiling.blocks[0], tiling.slices[0]
     tile, x, w, y = tiling.tile(block, columns), hidden[block], weight[columns], labels[block]
@@ -52,7 +52,7 @@ def parts(hidden: Tensor, weight: Tensor, labels: Tensor, frozen: bool) -> dict[
 
 
 def call(hidden: Tensor, weight: Tensor, labels: Tensor, needs: tuple[bool, bool], save_budget: int = 0) -> float:
-    """Milliseconds of ``linear_token_logps``, with its backward where anything needs a gradient."""
+    """Milliseconds of ``linear_token_logps``, with its backward if any input needs a gradient."""
     leaves = [tensor.clone().requires_grad_(need) for tensor, need in zip((hidden, weight), needs, strict=True)]
 
     def step() -> None:

@@ -29,7 +29,7 @@ from .cases import (
     value_error,
 )
 
-# rows, vocabulary, dtype, half of the rows ignored. The vocabularies on a GPU: Llama 2's, a round one, Llama 3's, Gemma's.
+# rows, vocabulary, dtype, half of the rows ignored. The vocabularies on a GPU are those of Llama 2, a power of two, Llama 3, Gemma.
 CASES = {
     "cpu": [(1024, 32000, dtype, ignored) for dtype in ("float32", "bfloat16") for ignored in (False, True)],
     "cuda": [(8192, vocab, "bfloat16", False) for vocab in (32000, 65536, 128256, 262144)]
@@ -50,10 +50,10 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
 
 
 def problem(rows: int, vocab: int, dtype: str, ignored: bool, leaves: tuple[str, ...], device: str) -> Problem:
-    """One size; a backward pass if the logits are a leaf."""
+    """The problem of one size, with a backward pass if the logits are a leaf."""
     labels = random_labels(rows, vocab, ignored, device)
     logits = (2 * torch.randn(rows, vocab, device=device)).to(DTYPES[dtype])
-    # From unlikely labels to almost certain ones (a row's log-sum-exp is about log V + 2): a rounded p - 1 is wrong near p = 1.
+    # Labels from unlikely to almost certain (a row's log-sum-exp is about log V + 2): near p = 1 a rounded p makes p - 1 wrong.
     boost = (2 * math.log(vocab) * torch.rand(rows, 1, device=device)).to(DTYPES[dtype])
     logits.scatter_add_(1, labels.clamp(min=0).unsqueeze(1), boost)
     upstream = torch.randn(rows, device=device) if leaves else None
@@ -84,7 +84,7 @@ def _truth(logits: Tensor, labels: Tensor, upstream: Tensor | None) -> Truth:
         for rows, logps, dlogits in truth.chunks():
             worst = max(worst, value_error(values[rows], logps))
             if dlogits is not None:
-                # In units of the largest gradient of these rows: their upstream gradients have one size.
+                # In units of the largest gradient of these rows, because their upstream gradients are of similar size.
                 worst_grad = max(worst_grad, grad_error(grads[0][rows], dlogits))
         return worst, worst_grad if grads else None
 
@@ -97,7 +97,7 @@ def implementations(device: str, dtype: torch.dtype, ignored: bool, backward: bo
 
     names = BACKENDS[device]
     mine = [Implementation(f"nca_kernels {name}", token_logps(name)) for name in names]
-    # The same code again: the difference is the noise.
+    # The same code is timed twice: the difference is the noise.
     mine.append(Implementation(f"nca_kernels {names[0]} again", token_logps(names[0])))
     if backward:
         mine += [Implementation(f"nca_kernels {name}", token_logps(name, True), inplace=True) for name in names]
@@ -116,7 +116,7 @@ def implementations(device: str, dtype: torch.dtype, ignored: bool, backward: bo
         from trl.trainer.utils import selective_log_softmax
 
         def call(tensors: Tensors) -> Tensor:
-            # Two sequences: in float32 it loops over the first dimension, so single rows would be its worst case.
+            # As two sequences: in float32 TRL loops over the first dimension, so single rows would be its worst case.
             logits, labels = (tensor.unflatten(0, (2, -1)) for tensor in tensors.values())
             mask = labels != IGNORE_INDEX if ignored else None
             return selective_log_softmax(logits, labels.clamp(min=0), row_mask=mask).flatten()

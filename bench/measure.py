@@ -1,8 +1,8 @@
-"""The timer: checks every implementation first, then times all of them in turn.
+"""The timer: it checks every implementation first and then times all of them in turn.
 
 Each round calls all of them once, in a new random order: a drift of the machine's clock affects all alike, and none always
-follows the same neighbour (with a fixed order the same function, timed twice, differed by 8%). Each call gets another copy
-of the inputs than the call before, so that no cache holds them.
+follows the same neighbour (with a fixed order the same function, timed twice, differed by 8%). Consecutive calls get different
+copies of the inputs, so that no cache holds them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from .cases import Call, Implementation, Problem, Tensors, Unsupported
 from .memory import MIB, peak_extra, poisoned, release
 
-ROTATION_BYTES = 2**28  # of all copies of the inputs: several times the largest cache known
+ROTATION_BYTES = 2**28  # the size of all copies of the inputs: several times the largest cache known
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # above any rounding error, below any mistake
 CEILING = "ceiling: "
-SLEEP_CYCLES = 2_000_000  # about 1 ms of a GPU, in which Python queues the call, so that the kernels are timed and not the launches
+SLEEP_CYCLES = 2_000_000  # about 1 ms, in which Python queues the call, so that the kernels and not the launches are timed
 
 
 @dataclass
@@ -38,17 +38,17 @@ class Outcome:
     result_mib: float | None = None
     error: float | None = None
     grad_error: float | None = None
-    padding: float | None = None  # the share of all positions of an epoch
+    padding: float | None = None  # the share of an epoch's positions that is padding
 
 
 Results = tuple[Tensor, list[Tensor]]  # values, and gradients of the leaves
 Pass = Callable[[Tensors], object]
-Contestant = tuple[Pass, Outcome, bool]  # what is timed, where its times go, whether it destroys the leaves
+Contestant = tuple[Pass, Outcome, bool]  # the timed function, the record of its times, and whether it overwrites the leaves
 
 
 @dataclass
 class Budget:
-    """How long to measure a problem: ``rounds``, then more until ``seconds`` are over, 8 times as many at most."""
+    """How long to measure a problem: ``rounds`` rounds, then more until ``seconds`` are over, at most ``8 * rounds`` in all."""
 
     rounds: int
     seconds: float
@@ -57,7 +57,7 @@ class Budget:
 def measure(problem: Problem, implementations: list[Implementation], budget: Budget) -> list[Outcome]:
     """Outcomes in the order of ``implementations``, then those of the ceilings, named ``ceiling: ...``."""
     device = next(iter(problem.tensors.values())).device.type
-    release(device)  # the last problem's
+    release(device)  # memory of the previous problem
     sets = _copies(problem)
     outcomes: list[Outcome] = []
     contestants: list[Contestant] = []
@@ -97,7 +97,7 @@ def _copies(problem: Problem) -> list[Tensors]:
 
 
 def _restore(problem: Problem, tensors: Tensors) -> None:
-    """Undo a backward in place."""
+    """Restore the inputs that a backward in place has overwritten."""
     with torch.no_grad():
         for name in problem.leaves:
             tensors[name].copy_(problem.tensors[name])
@@ -117,7 +117,7 @@ def _run(problem: Problem, implementation: Implementation, call: Call, tensors: 
 
 @contextmanager
 def reported(outcome: Outcome) -> Iterator[None]:
-    """Turn a failure inside into the outcome's status: one implementation may fail in any way, and the others still count."""
+    """Turn an exception inside into the outcome's status, so that one implementation may fail without the others."""
     try:
         yield
     except (Unsupported, ImportError) as reason:
@@ -130,7 +130,7 @@ def reported(outcome: Outcome) -> Iterator[None]:
 
 
 def failed(failure: Exception) -> str:
-    """A failure as a status."""
+    """The status that describes a failure."""
     return f"failed: {type(failure).__name__}: {_first_line(failure)}"
 
 
@@ -141,7 +141,7 @@ def _first_line(error: Exception) -> str:
 def _checked(
     problem: Problem, implementation: Implementation, tensors: Tensors, outcome: Outcome, device: str
 ) -> Callable[[Tensors], Results] | None:
-    """Build, check against float64, measure the memory; return the pass to time, or None if it failed."""
+    """Build an implementation, check it against float64 and measure its memory; return the pass to time, or None if it failed."""
     with reported(outcome):
         call = implementation.build()
 
@@ -160,7 +160,7 @@ def _checked(
             sum(tensor.nbytes for tensor in (values, *grads) if tensor.untyped_storage().data_ptr() not in held) / MIB
         )
         tolerance = TOLERANCE[problem.dtype]
-        # Not ">": NaN is wrong too.
+        # `<=` is false for NaN, which is wrong too.
         if outcome.error <= tolerance and (outcome.grad_error is None or outcome.grad_error <= tolerance):
             return run
         outcome.status = "wrong"
@@ -178,12 +178,12 @@ def _time_in_turn(problem: Problem, contestants: list[Contestant], sets: list[Te
         for run, outcome, inplace in contestants:
             tensors = sets[turn % len(sets)]
             turn += 1
-            with reported(outcome):  # the check had the memory to itself; here all contestants hold some
+            with reported(outcome):  # it may fail here: the check ran alone, and now all contestants hold memory
                 ms = timer(run, tensors, problem.repeats)
                 if round_number >= 0:
                     outcome.times.append(ms)
             if inplace:
-                _restore(problem, tensors)  # now: before its next use it would be left in the cache
+                _restore(problem, tensors)  # at once: restored just before its next use, it would be in the cache
         if any(outcome.status != "ok" for _, outcome, _ in contestants):
             contestants[:] = [contestant for contestant in contestants if contestant[1].status == "ok"]
             release(device)

@@ -1,4 +1,4 @@
-"""Peak extra memory of a call, and garbage in the memory that it is given."""
+"""Measures the peak extra memory of a call, and fills the memory that it is given with garbage."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Result = TypeVar("Result")
 
 
 def peak_extra(function: Callable[[], Result], device: str) -> tuple[Result, float | None]:
-    """The result of ``function``, and the MiB that it took at its peak beyond what was held before.
+    """The result of ``function``, and the MiB at its peak beyond what was held before.
 
-    On a GPU it is what PyTorch's allocator counts (every kernel here allocates through it). On a CPU it is the high-water mark of
-    the resident set, reset by ``/proc/self/clear_refs``, so memory that no allocator hook sees (a C++ extension's, oneDNN's
-    scratch) counts too. Memory that malloc has kept would hide new use, so it is returned to the system first. Call it on a
-    warm function: code pages and thread stacks count as well. It is exact to about 1 MiB.
+    On a GPU, PyTorch's allocator counts them (every kernel here allocates through it). On a CPU they are the high-water mark of
+    the resident set, which ``/proc/self/clear_refs`` resets, so memory that no allocator hook sees (that of a C++ extension, or
+    oneDNN's scratch) counts too. Memory that malloc has kept would hide new use, so it is returned to the system first. Call a
+    warm function: code pages and thread stacks count as well. The number is exact to about 1 MiB. It is None where it is not
+    available.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -33,7 +34,7 @@ def peak_extra(function: Callable[[], Result], device: str) -> tuple[Result, flo
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-    except (OSError, AttributeError):  # not Linux, not glibc: no number rather than a wrong one
+    except (OSError, AttributeError):  # without Linux and glibc, no number is better than a wrong one
         return function(), None
     before = _status("VmRSS")
     result = function()
@@ -56,7 +57,7 @@ def _status(key: str) -> int:
 def poisoned(device: str) -> Iterator[None]:
     """Fill the memory handed out inside with garbage, so that an output that a kernel leaves unwritten shows."""
     if device == "cuda":
-        # NaN in half of what is free; the caching allocator then takes its blocks from these two pools.
+        # Half of the free memory is filled with NaN; the caching allocator then takes its blocks from these two pools.
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         blocks = [torch.full((free // 8,), torch.nan, device="cuda")]

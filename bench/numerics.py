@@ -1,7 +1,7 @@
 """Errors of values and gradients against float64, beside PyTorch's own on the same inputs: ``python -m bench numerics``.
 
-A cell is the largest error of a case, in the unit of its table. On a CPU the Triton kernels run in Triton's interpreter, which has
-NumPy's ``exp`` and ``log``, not a GPU's, and truncates to bfloat16 where a GPU rounds.
+A cell is the largest error of a case, in the unit of its table. On a CPU the Triton kernels run in Triton's interpreter, which uses
+``exp`` and ``log`` of NumPy instead of a GPU's, and truncates to bfloat16 where a GPU rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = {"cpu": ["cpu", "triton"], "cuda": ["triton", "cuda"]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 2.0**-23  # of float32
 ROWS = 4
-# Rounds, Llama 2, Llama 3, Qwen 2.5.
+# Round numbers, and the vocabularies of Llama 2, Llama 3 and Qwen 2.5.
 VOCABS = (1000, 32000, 128256, 151936)
 LOGITS = ("x 1", "x 30", "x 1e4", "certain")
 LENGTHS = (128, 1024, 8192)
@@ -73,7 +73,7 @@ def tables(
 
 
 def _obstacles(device: str) -> dict[str, list[str]]:
-    """Every reason why each backend would not run here; none if it does."""
+    """All reasons why each backend would not run here; empty if it runs."""
     return {name: BACKENDS[name].unsupported("token_logps", torch.device(device), torch.float32) for name in NAMES[device]}
 
 
@@ -172,7 +172,7 @@ def _spacings(got: Tensor, truth: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sequences(dtype: torch.dtype, T: int, packed: bool, device: str) -> Row:
-    """Two sequences of T tokens, in two rows or packed into one; on one backend, since all leave the sum to PyTorch."""
+    """Two sequences of T tokens, in two rows or packed into one; on one backend, because PyTorch computes the sum on all."""
     backend = _backends(device)[0]
     logits = (2 * torch.randn(2 * T, 1000)).to(device, dtype)
     labels = torch.randint(1000, (2 * T,), device=device)
@@ -191,7 +191,7 @@ def _sequences(dtype: torch.dtype, T: int, packed: bool, device: str) -> Row:
 
 
 def _head(dtype: torch.dtype, trained: bool, sizes: tuple[int, int, int], device: str) -> Row:
-    """The gradient is that of the weight if the head is trained, else of the hidden states."""
+    """A row of the table of heads. The gradient is that of the weight if the head is trained, else that of the hidden states."""
     M, D, V = sizes
     hidden, weight = torch.randn(M, D).to(device, dtype), (2 * D**-0.5 * torch.randn(V, D)).to(device, dtype)
     labels, upstream = torch.randint(V, (M,), device=device), torch.randn(M, device=device)
@@ -220,7 +220,7 @@ def _head(dtype: torch.dtype, trained: bool, sizes: tuple[int, int, int], device
 
 
 def _losses(name: str, B: int, K: int, device: str) -> Row:
-    """Log-probs of long responses: hundreds of nats, some nats from those of the reference model."""
+    """A row for log-probs of long responses: hundreds of nats, and a few nats away from those of the reference model."""
     ref_logps = -300 * torch.rand(B, K, device=device) - 20
     logps = ref_logps + 12 * torch.randn(B, K, device=device)
     scores = torch.rand(B, K, device=device)
@@ -252,7 +252,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def store(device: str, out: Path) -> Path:
-    """Measure all tables, print them, write them beside the device's other results."""
+    """Measure and print all tables, and write them to the folder of the device's results."""
     warnings.filterwarnings("ignore", module="triton")  # its interpreter computes both branches of a `where`
     header = schema.header("numerics", device)
     parts = [", ".join(f"{key} {value}" for key, value in header.items() if value is not None)]

@@ -24,7 +24,7 @@ def plot(results: Path, images: Path) -> list[Path]:
     for file in sorted(results.glob("*/*.json")):
         document = schema.load(file)
         groups = _drawn(document["rows"])
-        if not groups or document["header"]["suite"] == "tune":  # nothing is timed; or settings, which a table shows better
+        if not groups or document["header"]["suite"] == "tune":  # nothing is timed, or the rows are settings, which a table shows better
             continue
         stem = images / f"{file.parent.name}-{file.stem}"
         if document["header"]["suite"] == "linear":
@@ -32,7 +32,7 @@ def plot(results: Path, images: Path) -> list[Path]:
             drawn += _save_budget(document, f"{stem}-save-budget.png")
         else:
             drawn.append(_bars(document, groups, "speedup", "times as fast as plain PyTorch", f"{stem}-speed.png"))
-        if document["header"]["suite"] != "group":  # kilobytes there
+        if document["header"]["suite"] != "group":  # its problems take only kilobytes
             drawn.append(_bars(document, groups, "peak_mib", "peak MiB beyond the inputs", f"{stem}-memory.png"))
     for file in drawn:
         print("drew", file)
@@ -40,7 +40,7 @@ def plot(results: Path, images: Path) -> list[Path]:
 
 
 def _drawn(rows: list[dict]) -> dict[str, list[dict]]:
-    """The timed rows of each problem under its title, without ceilings, second timings and the curve of the budget."""
+    """The timed rows of each problem by its title, without ceilings, repeated timings and the curve over ``save_budget``."""
     groups: dict[str, list[dict]] = {}
     for (case, dtype, pass_name), group in schema.by_problem(rows).items():
         shown = [row for row in group if row["ms"] and not schema.SIDE_ROWS.search(row["implementation"])]
@@ -72,7 +72,7 @@ def _bars(document: dict, groups: dict[str, list[dict]], field: str, label: str,
 
 
 def _colours(names: list[str]) -> dict[str, str]:
-    """Blues for this package and another colour for each other one, the same in every panel."""
+    """Blues for this package and one other colour for each other package, the same in every panel."""
     unique = list(dict.fromkeys(names))
     ours = [name for name in unique if name.startswith(schema.OURS)]
     peers = [name for name in unique if name not in ours]

@@ -2,8 +2,8 @@
 
     python -m bench.rows [--threads 2] [--rounds 15] [--dtype bfloat16] [other builds' _cpu*.so ...]
 
-Medians in ms, beside one read of the logits. A ratio above 1 says how much faster this build is than the other. NCA_KERNELS_ISA
-picks the instruction set of all builds.
+It prints medians in ms, with that of one read of the logits. A ratio above 1 says how much faster this build is than the other.
+NCA_KERNELS_ISA sets the instruction set of all builds.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _load(path: Path) -> NativeBackend:
 
 
 def _measure(logits: Tensor, backends: list[NativeBackend], rounds: int) -> Iterator[tuple[str, list[float]]]:
-    """Each pass's name, and its medians: of each backend, then of one read."""
+    """Yield the name of each pass with its medians: one per backend, then that of one read."""
     labels = torch.randint(logits.shape[-1], logits.shape[:2])
     logps, upstream = torch.empty(labels.shape), torch.randn(3, *labels.shape)
     buffers = [logits.clone() for _ in range(len(backends) + 1)]

@@ -1,4 +1,4 @@
-"""The format of a result: header and rows as JSON, checked before they are written, and their table."""
+"""The format of a result: a header and rows as JSON, which are checked before they are written, and their table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADER: dict[str, Kind] = {
     "torch": str,
     "triton": TEXT,
     "version": TEXT,  # of nca_kernels
-    "revision": TEXT,  # of the repository, or $NCA_KERNELS_REVISION where git does not know it
+    "revision": TEXT,  # of the repository; $NCA_KERNELS_REVISION if git does not know it
     "date": str,
     "command": str,
     "threads": int,
@@ -49,9 +49,9 @@ ROW: dict[str, Kind] = {
     "samples": int,
     "bytes": NUMBER,  # the least traffic that solves the case (null where arithmetic bounds it)
     "flop": NUMBER,  # the least arithmetic (null where traffic bounds it)
-    "tokens_per_second": NUMBER,  # of a training step, a prompt counted once for each of its responses (null elsewhere)
-    # Of the measured ceiling: the time of that least work at the ceiling's rate, divided by ms. In place on a CPU it exceeds 1:
-    # a line that was just read is written without being fetched again, as a copy must.
+    "tokens_per_second": NUMBER,  # of a training step, where a prompt counts once per response (null elsewhere)
+    # The share of the measured ceiling: the time of the least work at the ceiling's rate, divided by ms. In place on a CPU it
+    # exceeds 1, because a cache line that was just read is written without the second fetch that a copy needs.
     "share": NUMBER,
     "units": NUMBER,  # ms divided by the time of the case's unit (one read of the logits, one GEMM)
     "speedup": NUMBER,  # ms of plain PyTorch at this case and pass, divided by ms
@@ -62,7 +62,7 @@ ROW: dict[str, Kind] = {
     "padding": NUMBER,  # the share of an epoch's positions that is padding
 }
 PLAIN, OURS = "plain", "nca_kernels"
-SIDE_ROWS = re.compile(f"^{CEILING}| again$|save_budget")  # neither a contestant nor a peer
+SIDE_ROWS = re.compile(f"^{CEILING}| again$|save_budget")  # rows that are not compared with other packages
 
 
 def header(suite: str, device: str) -> dict:
@@ -73,7 +73,7 @@ def header(suite: str, device: str) -> dict:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "version": nca_kernels.__version__,  # of the code that runs, installed or not
+        "version": nca_kernels.__version__,  # that of the imported code, even if it is not installed
         "revision": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
         or os.environ.get("NCA_KERNELS_REVISION"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -162,7 +162,7 @@ def missing(suite: str, case: tuple, status: str) -> dict:
 
 
 def _finite(error: float | None) -> float | None:
-    """The error, or null where it is infinite or NaN, which JSON does not have; the status is ``wrong`` then."""
+    """The error, or null if it is infinite or NaN, which JSON does not have; the status is then ``wrong``."""
     return error if error is not None and math.isfinite(error) else None
 
 
@@ -189,7 +189,7 @@ def path(folder: Path, document: dict) -> Path:
 
 
 def stored_rows(folder: Path, document: dict, without: set[str]) -> list[dict]:
-    """The rows of this suite and machine that are stored already, but for those of some cases."""
+    """The stored rows of this suite and machine, except those of the cases ``without``."""
     file = path(folder, document)
     return [row for row in load(file)["rows"] if row["case"] not in without] if file.exists() else []
 
@@ -207,7 +207,7 @@ def write(folder: Path, document: dict) -> Path:
 def load(file: Path) -> dict:
     document = json.loads(file.read_text())
     for row in document["rows"]:
-        row.setdefault("padding", None)  # which results of before 2026-11-30 do not have
+        row.setdefault("padding", None)  # results from before 2026-11-30 do not have it
     check(document)
     return document
 
@@ -242,7 +242,7 @@ def table(rows: list[dict]) -> str:
 
 
 def by_problem(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
-    """The rows that were timed in turn, under their case, dtype and pass."""
+    """The rows that were timed in turn, by case, dtype and pass."""
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["dtype"], row["pass"].removesuffix(" in place")), []).append(row)

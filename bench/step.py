@@ -49,9 +49,9 @@ MODELS = {
 class Case(NamedTuple):
     model: str
     dtype: str
-    prompts: int  # of a batch
+    prompts: int  # per batch
     responses: int
-    prompt_tokens: int  # the mean, before the longest are cut
+    prompt_tokens: int  # the mean before truncation
     response_tokens: int
     rows: int = 4096  # of the data set
 
@@ -63,7 +63,7 @@ class Case(NamedTuple):
 
 
 def _cases(model: str, dtype: str, tokens: int, prompts: dict[int, int]) -> list[Case]:
-    """``tokens`` of a prompt and a response; ``prompts`` of a batch by the number of responses."""
+    """``tokens``: of a prompt and one response together; ``prompts``: per batch, by the number of responses."""
     long, short = round(0.8 * tokens), round(0.2 * tokens)
     lengths = [(long, short), (tokens // 2, tokens // 2), (short, long)]
     return [Case(model, dtype, B, K, *means) for K, B in prompts.items() for means in lengths]
@@ -89,12 +89,12 @@ def ways(case: Case, device: str) -> dict[str, Callable[..., Way]]:
 
 
 def process() -> Executor:
-    """What a contestant runs in."""
+    """The process in which a contestant runs."""
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
 def measured(case: Case, device: str, seconds: float) -> tuple[Problem, list[Outcome]]:
-    """What ``schema.rows`` takes, of one round of all steps, and more until ``seconds`` are over."""
+    """Measure a case for one round of all steps and more until ``seconds`` are over; return the arguments of ``schema.rows``."""
     rows = _rows(case)
     checked = _sample(rows, by_length(rows, case.prompts), case, share_prompt=False)[0]
     problem = Problem(
@@ -104,7 +104,7 @@ def measured(case: Case, device: str, seconds: float) -> tuple[Problem, list[Out
         tensors={},
         truth=partial(_errors, truth(_model(case, device), checked)),
         kind="tokens",
-        # Of separate rows without padding: a prompt counts with each of its responses, computed once or K times.
+        # The tokens of separate rows without padding: a prompt counts once per response, even if it is computed only once.
         amount=round(sum(sum(sequences(row)) for row in rows) / (case.rows / case.prompts)),
     )
     release(device)
@@ -126,7 +126,7 @@ class _Contestant(NamedTuple):
     executor: Executor
 
     def submit(self, method: str, *arguments: Any) -> Future:
-        """Of what the method of the :class:`Runner` in the executor returns."""
+        """Call the method of the executor's :class:`Runner`; the future holds what it returns."""
         return self.executor.submit(_call, self.outcome.name, method, *arguments)
 
 
@@ -139,7 +139,7 @@ def _check(contestants: list[_Contestant], problem: Problem, batch: list[Row], c
             outcome.padding = share.result()
             outcome.error, _ = problem.truth(contestant.submit("check", batch).result(), [])
             outcome.peak_mib = contestant.submit("peak").result()
-            if not outcome.error <= TOLERANCE[case.dtype]:  # not ">": NaN is wrong too
+            if not outcome.error <= TOLERANCE[case.dtype]:  # `not <=`, because NaN is wrong too
                 outcome.status = "wrong"
 
 
@@ -163,12 +163,12 @@ class Runner:
         self.name = name
 
     def begin(self, case: Case, device: str) -> float:
-        """Returns the share of padding in an epoch."""
+        """Make model, optimizer and batches. Returns the share of padding in an epoch."""
         self.device, rows = device, _rows(case)
         self.model = _model(case, device).train()
         way = ways(case, device)[self.name](self.model, rows, case.prompts)
         self.backward = way.backward
-        # At a learning rate of 0 it does all of its work and leaves the weights as they were.
+        # With a learning rate of 0 the optimizer does all of its work and does not change the weights.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
         self.batches = _sample(rows, way.order, case, way.share_prompt)
         return padding(_batches(rows, way.order, case), way.share_prompt)
@@ -178,13 +178,13 @@ class Runner:
             return self.step(batch).cpu()
 
     def peak(self) -> float | None:
-        """MiB beyond weights and optimizer of the step on the largest batch."""
+        """The peak MiB of the step on the largest batch, beyond weights and optimizer."""
         return peak_extra(partial(self.step, self.batches[-1]), self.device)[1]
 
     def time(self, i: int) -> float:
         """Milliseconds of the step on a batch of the sample."""
         started = time.perf_counter()
-        self.step(self.batches[i]).tolist()  # which waits for a GPU
+        self.step(self.batches[i]).tolist()  # this waits for the GPU
         return 1e3 * (time.perf_counter() - started)
 
     def step(self, batch: list[Row]) -> Tensor:
@@ -194,7 +194,7 @@ class Runner:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
         finally:
-            self.optimizer.zero_grad()  # a step that fails must leave no gradients to the next
+            self.optimizer.zero_grad()  # a step that fails must not leave gradients for the next one
         return torch.stack([loss.detach(), norm])
 
 
@@ -223,5 +223,5 @@ def _model(case: Case, device: str) -> LlamaForCausalLM:
     sizes: dict[str, Any] = dict(zip(SIZES, MODELS[case.model], strict=True))
     config = LlamaConfig(**sizes, tie_word_embeddings=True, use_cache=False, pad_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
-    with torch.device(device):  # where random numbers for a billion weights cost nothing
+    with torch.device(device):  # on a GPU, random numbers for a billion weights take almost no time
         return LlamaForCausalLM(config).to(getattr(torch, case.dtype))

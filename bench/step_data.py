@@ -1,8 +1,8 @@
-"""Prompts and responses whose lengths have a long tail, and the batches by which a step is measured.
+"""Prompts and responses whose lengths have a long tail, and the batches on which a step is measured.
 
-A length is log-normal: ``exp`` of a normal number of standard deviation ``SIGMA``, of the mean that the case names, cut at ``CUT``
-means as ``max_length`` cuts. Of the responses' variance half is common to a prompt's responses: a question that asks for much gets
-long answers, but not equally long ones.
+Lengths are log-normal, with standard deviation ``SIGMA`` of the logarithm and the mean of the case. They are truncated at ``CUT``
+means, as ``max_length`` truncates. Half of the variance of response lengths is common to the responses of a prompt: a question that
+asks for much gets long answers, but not equally long ones.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 SIGMA = 0.8
 CUT = 4
-STEPS = 6  # that are measured of an epoch
+STEPS = 6  # the measured steps of an epoch
 
 Row = dict[str, list]
 
 
 def long_tailed_rows(count: int, vocab: int, responses: int, prompt_tokens: int, response_tokens: int) -> list[Row]:
-    """Rows as ``tokenize_groups`` makes them, of random tokens, with scores and reference log-probs."""
+    """Rows in the layout of ``tokenize_groups``, with random tokens, scores and reference log-probs."""
     draw = torch.Generator().manual_seed(0)
     own, common = torch.randn(count, responses, generator=draw), torch.randn(count, 1, generator=draw)
     prompts = _lengths(prompt_tokens, torch.randn(count, generator=draw)).tolist()
@@ -48,7 +48,7 @@ def _lengths(mean: int, normal: Tensor) -> Tensor:
 
 
 def sequences(row: Row) -> list[int]:
-    """The tokens of each response with its prompt."""
+    """The number of tokens of each response with its prompt."""
     return [len(row["prompt_ids"]) + len(response) for response in row["response_ids"]]
 
 
@@ -57,14 +57,14 @@ def scored(row: Row) -> int:
 
 
 def lines(row: Row, share_prompt: bool) -> list[int]:
-    """The tokens of the lines that a row takes in a batch: one a response, or one for all."""
-    if share_prompt:  # the prompt's last token is there once for each response
+    """The number of tokens of each line that a row takes in a batch: a line per response, or one for all responses."""
+    if share_prompt:  # the prompt's last token is repeated for each response
         return [len(row["prompt_ids"]) - 1 + scored(row) + len(row["response_ids"])]
     return sequences(row)
 
 
 def size(batch: list[Row], share_prompt: bool) -> int:
-    """The positions of a batch, padding among them."""
+    """The number of positions of a batch, including padding."""
     all_lines = [line for row in batch for line in lines(row, share_prompt)]
     return len(all_lines) * max(all_lines)
 
@@ -76,9 +76,10 @@ def padding(batches: list[list[Row]], share_prompt: bool) -> float:
 
 
 def sample(batches: list[list[Row]], share_prompt: bool) -> list[list[Row]]:
-    """``STEPS`` batches that stand for an epoch: of each part of it, by size, the one nearest to the part's mean.
+    """``STEPS`` batches that represent an epoch. The epoch is split into parts by batch size; each gives the batch nearest to its
+    mean.
 
-    Nearest in positions and in scored tokens, so that the mean step of the sample is that of the epoch.
+    Distance counts positions and scored tokens, so that the mean step of the sample is that of the epoch.
     """
     facts = torch.tensor([[size(batch, share_prompt), sum(map(scored, batch))] for batch in batches], dtype=torch.float64)
     chosen = []

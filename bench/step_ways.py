@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 BETA = 0.1
-# The output folder of the trainers, which write nothing.
+# The output folder that the trainers require; they write nothing.
 FOLDER = str(Path(tempfile.gettempdir(), "nca_kernels-bench"))
-ALL_LOGITS = 1 << 40  # bytes to keep
+ALL_LOGITS = 1 << 40  # bytes: save_budget for all logits
 
-Backward = Callable[[list[Row]], Tensor]  # the loss of a batch, its gradients in the model's weights
+Backward = Callable[[list[Row]], Tensor]  # returns the loss of a batch and leaves the gradients in the model's weights
 
 
 class Way(NamedTuple):
     backward: Backward
-    order: list[int]  # of the rows in an epoch
+    order: list[int]  # the rows of an epoch in order
     share_prompt: bool = False
 
 
 def plain(model: LlamaForCausalLM, rows: list[Row], prompts: int, *, grouped: bool = False) -> Way:
-    """What a user would write: padded rows, the logits of all positions, ``log_softmax`` and ``gather``."""
+    """The usual PyTorch code: padded rows, the logits of all positions, ``log_softmax`` and ``gather``."""
 
     def backward(batch: list[Row]) -> Tensor:
         loss = loss_of(plain_sequence_logps(model, batch), batch)
@@ -89,7 +89,7 @@ def trl(model: LlamaForCausalLM, rows: list[Row], prompts: int) -> Way:
         train_dataset=first,
         processing_class=_numbers(model.config.vocab_size),
     )
-    trainer.current_gradient_accumulation_steps = 1  # as its train() would
+    trainer.current_gradient_accumulation_steps = 1  # its train() would set this
 
     def backward(batch: list[Row]) -> Tensor:
         pairs = []
@@ -106,7 +106,7 @@ def trl(model: LlamaForCausalLM, rows: list[Row], prompts: int) -> Way:
 
 
 def plain_sequence_logps(model: LlamaForCausalLM, batch: list[Row], dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[B, K]``."""
+    """The log-probs of all responses, ``[B, K]``."""
     prompts = [(row["prompt_ids"], response) for row in batch for response in row["response_ids"]]
     ids = _padded([[*prompt, *response] for prompt, response in prompts], 0, model.device)
     labels = _padded([[IGNORE_INDEX] * len(prompt) + response for prompt, response in prompts], IGNORE_INDEX, model.device)
@@ -120,7 +120,7 @@ def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
 
 
 def loss_of(logps: Tensor, batch: list[Row]) -> Tensor:
-    """NCA with all weight on the best response; at K = 2 TRL calls it ``nca_pair``."""
+    """NCA with all weight on the best response; for K = 2 it is ``nca_pair`` in TRL."""
     ref_logps, scores = (logps.new_tensor([row[name] for row in batch]) for name in ("ref_logps", "scores"))
     r = BETA * (logps - ref_logps)
     best = scores.argmax(-1, keepdim=True)
@@ -128,7 +128,7 @@ def loss_of(logps: Tensor, batch: list[Row]) -> Tensor:
 
 
 def truth(model: LlamaForCausalLM, batch: list[Row]) -> Tensor:
-    """Loss and gradient norm in float64, row by row: what all rows keep for backward does not fit on a GPU."""
+    """The loss and the gradient norm in float64, row by row: a GPU cannot hold the saved tensors of all rows."""
     double = copy.deepcopy(model).double()
     alone = [{**row, "response_ids": [response]} for row in batch for response in row["response_ids"]]
     with torch.no_grad():
@@ -151,7 +151,7 @@ def by_length(rows: list[Row], prompts: int) -> list[int]:
 
 
 def _numbers(vocab: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are the ids: the trainer wants one, and reads no text here."""
+    """A tokenizer whose words are the ids: the trainer requires a tokenizer, but here it reads no text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

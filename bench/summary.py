@@ -7,7 +7,7 @@ from .schema import PLAIN, SIDE_ROWS, by_problem, is_ours, label
 
 COMPILED = "torch.compile"
 HALF = ", half ignored"
-# The goals on an H100, under the names of the facts below, by suite and by what identifies a problem in it.
+# The goals on an H100, by suite and by what identifies a problem in it; their names are those of the facts below.
 GOALS = {
     ("logps", "fwd bfloat16"): {"share": "93%", COMPILED: "2x", "peer": "1x"},
     ("logps", "fwd+bwd bfloat16"): {"share": "90%"},
@@ -19,7 +19,7 @@ GOALS = {
 
 
 def summary(document: dict) -> str:
-    """One line for each stored problem; a backward in place has a line of its own."""
+    """One line for each stored problem; a backward in place has its own line."""
     lines = []
     for group in by_problem(document["rows"]).values():
         mine = [row for row in group if is_ours(row) and not SIDE_ROWS.search(row["implementation"])]
@@ -30,7 +30,7 @@ def summary(document: dict) -> str:
 
 
 def _line(mine: list[dict], group: list[dict], document: dict) -> str:
-    """The fastest of ``mine`` with all that is known about it, then the others."""
+    """The fastest of ``mine`` with its facts and goals, then the others."""
     mine = sorted(mine, key=lambda row: row["ms"] or float("inf"))
     best, others = mine[0], mine[1:]
     if best["ms"] is None:

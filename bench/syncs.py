@@ -1,4 +1,4 @@
-"""Where a training step on a GPU makes the CPU wait for it: ``python -m bench.syncs``, by PyTorch's own warnings."""
+"""``python -m bench.syncs`` lists where a training step makes the CPU wait for the GPU, from PyTorch's own warnings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import step
 
 
 def waits(call: Callable[[], object]) -> Counter[str]:
-    """The lines of Python at which ``call`` waits for the GPU, and how often."""
+    """The lines of Python code at which ``call`` waits for the GPU, each with its count."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -29,7 +29,7 @@ def main() -> None:
     runner = step.Runner(name)
     runner.begin(case, "cuda")
     batch = runner.batches[0]
-    runner.step(batch)  # compiles, allocates
+    runner.step(batch)  # the first step compiles and allocates
     places = waits(lambda: runner.step(batch))
     print(f"{name}: one training step, forward to optimizer, waits for the GPU {places.total()} times")
     for place, times in places.most_common():

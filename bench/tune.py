@@ -1,6 +1,6 @@
 """Launch settings of Triton's row kernels and tile sizes of the linear functions, beside those that the package uses.
 
-The rows named ``nca_kernels`` are the package as it is; the others name what they set instead.
+The rows named ``nca_kernels`` are the package as it is. The other rows are named after the setting that they change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import linear, logps
 from .cases import BACKENDS, DTYPES, Call, Implementation, Problem, Tensors, ours
 from .memory import MIB
 
-# Words of a thread, warps of a program, and the most registers of a thread; None leaves them to the compiler.
+# Words per thread, warps per program, and the most registers per thread; None leaves these to the compiler.
 WORDS, WARPS, REGISTERS = (2, 4, 8), (4, 8, 16), (None, 64)
 TILES = {"cpu": (4, 8, 16, 32), "cuda": (32, 64, 128, 256, 512)}  # MiB
 # A suite and its problem: rows, width if linear, vocabulary, dtype
@@ -40,7 +40,7 @@ def problems(device: str, cases: list[tuple]) -> Iterator[tuple[Problem, list[Im
 def _rivals(
     mine: str, build: Callable[[], Call], change: Callable[[Any], None], own: object, settings: dict[str, Any]
 ) -> list[Implementation]:
-    """The package as it is, twice, and with each setting; ``change`` is called before a pass and holds for its backward."""
+    """The package as it is, twice, and with each setting. ``change`` sets it before a pass, and the backward uses it too."""
 
     def changed(setting: object) -> Callable[[], Call]:
         def built() -> Call:
