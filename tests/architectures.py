@@ -89,7 +89,7 @@ ARCHITECTURES = {
 
 
 def tiny(name, **overrides):
-    """The architecture with random weights large enough for its softcap, scale and bias to show in the log-probs."""
+    """A model of the architecture, whose random weights are large enough for softcap, scale and bias to affect the log-probs."""
     config = AutoConfig.for_model(name)
     sizes = {key: value for key, value in SIZES.items() if hasattr(config, key)}
     wanted = {key: value for key, value in {**sizes, **ARCHITECTURES.get(name, {}), **overrides}.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Every backend through one fixture. Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
+"""Fixtures that run a test on every backend. Without a GPU, Triton's kernels run in its interpreter, on CPU tensors."""
 
 import importlib.util
 import os
@@ -78,7 +78,7 @@ def kernels(request):
 
 @pytest.fixture
 def default_dispatch(monkeypatch):
-    """The dispatch of a user, for whom Triton's interpreter is not on."""
+    """The dispatch that a user gets, without Triton's interpreter."""
     if importlib.util.find_spec("triton"):
         import triton.language  # noqa: F401  # read while it is off, Triton's own functions would fail in later tests' kernels
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

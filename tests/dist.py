@@ -1,7 +1,7 @@
 """Builds the source distribution and a manylinux wheel into ``dist/``, checks both, and runs a call from each.
 
-The build runs in an environment of its own without PyTorch. ``NCA_KERNELS_BUILD`` says which extensions the wheel holds (all that
-can be built, unless it is set); ``make dist`` is the way to call this.
+The build runs in a separate environment without PyTorch. ``NCA_KERNELS_BUILD`` says which extensions the wheel holds; without it,
+the wheel holds all that can be built. ``make dist`` calls this script.
 """
 
 import os
@@ -34,7 +34,7 @@ def run(*command, **options):
 
 
 def build() -> tuple[Path, Path]:
-    """The source distribution, and the wheel that is built from it, repaired to the oldest manylinux that it runs on."""
+    """Build the source distribution and from it the wheel, and repair the wheel for the oldest manylinux on which it runs."""
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
     (source,), (plain,) = DIST.glob("*.tar.gz"), DIST.glob("*.whl")
@@ -47,7 +47,7 @@ def build() -> tuple[Path, Path]:
 
 
 def check(distribution: Path) -> None:
-    """Install it and the pinned PyTorch into a fresh environment, and make a call there."""
+    """Install the distribution and the pinned PyTorch into a fresh environment, and run a call there."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder, "bin", "python")

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round bfloat16 as a GPU does, and without the work that it repeats."""
+"""Changes to Triton's interpreter: it rounds bfloat16 as a GPU does, and does no repeated work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Rounded to nearest even, as the bits that the interpreter stores. Its own conversion drops the last 16 bits."""
+    """Round to nearest even and return the bits that the interpreter stores. Its own conversion drops the last 16 bits."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(values.shape)
@@ -21,7 +21,7 @@ def _to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def round_bfloat16() -> None:
-    """From now on, in this process."""
+    """Round bfloat16 as a GPU does, from now on in this process."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -36,7 +36,7 @@ def round_bfloat16() -> None:
 
 
 def leave_out_repeated_work() -> None:
-    """From now on, in this process: half of the interpreter's time, which changes no result."""
+    """Skip repeated work from now on in this process. It takes half of the interpreter's time and changes no result."""
     from triton.runtime import interpreter
 
     # Whether each integer sum, difference and product overflows: computed, and looked at under `debug` alone.

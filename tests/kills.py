@@ -1,6 +1,6 @@
-"""Trains in child processes that are killed with SIGKILL at random moments and started again; prints what came of it as JSON.
+"""Trains in child processes that are killed with SIGKILL at random moments and started again; prints the outcomes as JSON.
 
-The parent has imported everything, so that a moment falls into the run and not into Python's start. With ``FOLDER KILLS SEED``.
+The parent imports everything before it forks, so that a kill hits the run and not Python's start. Arguments: ``FOLDER KILLS SEED``.
 """
 
 import json
@@ -53,7 +53,7 @@ def train(folder, case):
 
 
 def child(folder, case, log):
-    """The process id of a child that trains, its output in a file."""
+    """Start a child that trains and writes its output to a file; return its process id."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -78,7 +78,7 @@ def ended(pid):
 
 
 def chain(folder, case, draw, kills, log):
-    """Kill the run ``kills`` times and let it end; how many kills hit it, before any checkpoint, and while one was written."""
+    """Kill the run ``kills`` times and let it end. Count the kills: all, before any checkpoint, and during the writing of one."""
     begin = time.perf_counter()
     alone = folder / "alone"
     assert os.waitstatus_to_exitcode(os.waitpid(child(alone, case, log), 0)[1]) == 0, log.read_text()

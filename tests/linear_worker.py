@@ -1,4 +1,4 @@
-"""One rank of test_linear_parallel: its rows of the head, and the whole computed alone beside it."""
+"""One rank of test_linear_parallel: it compares the results of its rows of the head with those of the whole head alone."""
 
 import os
 import re
@@ -88,7 +88,7 @@ def the_same_numbers_as_alone(rank, ranks, bounds):
 
 
 def float16_with_a_likely_label(rank, bounds):
-    """u of a frozen head, 1 - p = 1e-4 at the label, does not fall below what float16 holds on any rank."""
+    """With 1 - p = 1e-4 at the label, ``u`` of a frozen head does not underflow in float16 on any rank."""
     hidden, weight, bias, labels = problem()
     labels = labels.clamp(min=0)
     direction = weight[labels]
@@ -103,7 +103,7 @@ def float16_with_a_likely_label(rank, bounds):
 
 
 def one_collective_a_pass(share, hidden, labels):
-    """Beside the small one that asks for the sizes: one of the statistics in forward, one of dhidden in backward."""
+    """One collective for the statistics in forward and one for dhidden in backward, besides a small one for the sizes."""
     calls = Counter()
     real = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
     for name, function in real.items():
@@ -131,7 +131,7 @@ def dtensors(ranks):
 
 
 def refused(message, *arguments, **options):
-    """On every rank, so that none waits for the others."""
+    """The call is refused on every rank, so that no rank waits for the others."""
     try:
         nca_kernels.linear_token_logps(*arguments, **options)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""One rank of test_modes: a run mode by name, three steps from the same start; the main rank saves what came out."""
+"""One rank of test_modes: it runs a mode by its name for three steps from the same start; the main rank saves the outcome."""
 
 import faulthandler
 import json

@@ -1,4 +1,4 @@
-"""The truth and the yardstick of the tests: float64, and same-dtype PyTorch's own error against it."""
+"""The truth of the tests is float64; their yardstick is the error of PyTorch in the same dtype against it."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def transformed(logits, scale=1.0, softcap=None):
 
 
 def plain_token_logps(logits, labels, *, ignore_index=-100, scale=1.0, softcap=None, compute=None):
-    """The ordinary way: ``log_softmax`` and ``gather``, in ``compute`` (the logits' own dtype where None)."""
+    """The usual PyTorch code: ``log_softmax`` and ``gather``, computed in ``compute`` (None: in the logits' own dtype)."""
     z = transformed(logits if compute is None else logits.to(compute), scale, softcap)
     keep = labels != ignore_index
     logps = F.log_softmax(z, dim=-1).gather(-1, labels.masked_fill(~keep, 0).unsqueeze(-1)).squeeze(-1)
@@ -28,7 +28,7 @@ def value_and_grad(function, logits, upstream):
 
 
 def assert_no_worse(ours, truth, peer, tol, what=""):
-    """``|ours - truth| <= |peer - truth| + tol * (1 + |truth|)``, elementwise; NaN and infinities just where they belong."""
+    """``|ours - truth| <= |peer - truth| + tol * (1 + |truth|)``, elementwise; NaN and infinities are exactly where they should be."""
     ours, truth, peer = ours.detach().double().cpu(), truth.detach().double().cpu(), peer.detach().double().cpu()
     assert ours.shape == truth.shape, f"{what}: shape {ours.shape}, wanted {truth.shape}"
     odd = ~torch.isfinite(truth)

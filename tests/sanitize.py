@@ -1,6 +1,6 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set, over the tests' shapes.
+"""Runs the tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set.
 
-Builds the extension with the sanitizers into a folder of its own and runs the kernels' tests against it.
+It builds the extension with the sanitizers into a separate folder and runs the tests against that build.
 """
 
 import os

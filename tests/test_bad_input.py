@@ -1,4 +1,4 @@
-"""Every error names the argument, what came and what was wanted."""
+"""Every error names the argument, the value that it got and the one that was wanted."""
 
 import re
 
@@ -60,7 +60,7 @@ def test_token_logps(arguments, options, error, message):
 
 @pytest.mark.parametrize("label", [5, -1, 2**40, -101])
 def test_a_label_outside_the_vocabulary(target, label):
-    """An IndexError on the CPU, wherever it stands; on a GPU (no sync) NaN in that row, the error on demand."""
+    """A bad label anywhere gives an IndexError on the CPU. On a GPU, which does not sync, it gives NaN in its row."""
     labels = LABELS.clone()
     labels[1, 2] = label
     logits = LOGITS.to(target.device).requires_grad_()
@@ -169,7 +169,7 @@ UNUSED = {"alpha": 5.0, "pairs": "all", "lengths": LOGPS.abs(), "desirable": LOG
 @pytest.mark.parametrize("argument", UNUSED)
 @pytest.mark.parametrize("name", LOSSES)
 def test_arguments_that_a_loss_does_not_take(name, argument):
-    """Refused by name, whichever function is called."""
+    """The argument is refused by its name, in every function that reaches the loss."""
     options = {argument: UNUSED[argument]}
     functions = (lambda *x, **o: nca_kernels.group_loss(name, *x, **o)), getattr(nca_kernels, f"{name}_loss")
     for function in functions:

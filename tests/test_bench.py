@@ -30,7 +30,7 @@ TRAINERS = f"nca_kernels {resolve('linear_token_logps', None, torch.device('cpu'
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No half a minute of compiling for torch.compile's peer."""
+    """Skip the implementation with torch.compile, which takes half a minute to compile, and run contestants in this process."""
 
     def refuse(*_, **__):
         raise Unsupported("not in the tests")
@@ -53,7 +53,7 @@ class _Here(Executor):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What is drawn, still open."""
+    """The figures that are drawn, kept open."""
     figures = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
     return figures
@@ -79,7 +79,7 @@ def test_suite_stores_rows_that_can_be_drawn(suite, tmp_path, figures):
 
 
 def _overlaps(figure):
-    """Does the figure's title meet a panel's?"""
+    """Whether the figure's title overlaps that of a panel."""
     panels = [axis._left_title.get_window_extent().y1 for axis in figure.axes if axis.get_visible()]
     return figure._suptitle.get_window_extent().y0 < max(panels)
 
@@ -219,7 +219,7 @@ def test_a_backward_in_place_does_not_spoil_the_next_contestant():
 
 
 class _Overwrite(torch.autograd.Function):
-    """Plain PyTorch's numbers, with the gradient over the logits."""
+    """The results of plain PyTorch, but the gradient overwrites the logits."""
 
     @staticmethod
     def forward(ctx, logits, labels):

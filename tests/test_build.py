@@ -1,4 +1,4 @@
-"""What the build builds: by NCA_KERNELS_BUILD, and without PyTorch."""
+"""What the build produces for each value of NCA_KERNELS_BUILD, and without PyTorch."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def test_explicit_wishes(monkeypatch):
 
 
 def test_it_builds_and_loads_without_pytorch(tmp_path):
-    """In a process to which PyTorch cannot be imported: the build, the import and a first call."""
+    """The build, the import and a first call, in a process that cannot import PyTorch."""
     build = (
         "import runpy, sys; sys.modules['torch'] = None; "
         f"sys.argv = ['setup.py', '-q', 'build_ext', '--build-lib', {str(tmp_path)!r}, '--build-temp', {str(tmp_path / 'o')!r}]; "
@@ -58,7 +58,7 @@ def test_it_builds_and_loads_without_pytorch(tmp_path):
 
 
 def test_an_unknown_instruction_set_is_one_line():
-    """The backend names it as the reason why it cannot run."""
+    """The backend names the instruction set as the reason why it cannot run."""
     script = (
         "from nca_kernels import explain; from nca_kernels.backends.native import cpu\n"
         "print(cpu.description()); print(explain('cpu', 'token_logps'))"

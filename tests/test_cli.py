@@ -47,7 +47,7 @@ def models(tmp_path_factory):
 
 
 def exits(arguments):
-    """The exit code, however it comes."""
+    """The exit code, whether it is returned or raised."""
     try:
         return cli.main(arguments)
     except SystemExit as end:
@@ -205,7 +205,7 @@ def test_a_tilde_is_the_home_in_every_path(monkeypatch):
 
 
 def test_every_other_name_leads_to_a_key():
-    """The counterpart that a message names is one that exists, and the other name is none of ours."""
+    """The key that a message suggests exists, and the other name is not a key."""
     known = set(run_config._hints(run_config.Sources)) | set(run_config._hints(NCAConfig))
     for other, ours in OTHER_NAMES.items():
         assert other not in known
@@ -259,7 +259,7 @@ def test_an_interrupted_training_says_how_to_go_on(checkpoint, monkeypatch, caps
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):
-    """With the way to get it only where it is ours."""
+    """The message says how to install a package only if it is one of our optional dependencies."""
     if find_spec("deepspeed") is None:
         assert cli.main(["train", config(deepspeed={"zero_optimization": {"stage": 2}})]) == 1
         error = capsys.readouterr().err
@@ -304,7 +304,7 @@ def write(*rows, path="data.jsonl"):
 
 
 def true_logps(folder, prompt, response):
-    """Of each token of the response and the end of sequence, in float64, from the logits."""
+    """The log-probs of each token of the response and of the end of sequence, in float64, from the logits."""
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     start = len(tokenizer(prompt)["input_ids"])

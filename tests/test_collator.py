@@ -1,4 +1,4 @@
-"""Batches of groups: every layout gives each response the log-prob of a row of its own, or is refused."""
+"""Batches of groups: every layout gives each response the same log-prob as a separate row, or is refused."""
 
 import functools
 
@@ -30,7 +30,7 @@ def ids(generator, n):
 
 
 def groups():
-    """Ragged, longer than the windows below, with a prompt of one token among them."""
+    """Groups with ragged K, longer than the windows below; one prompt has a single token."""
     generator = torch.Generator().manual_seed(3)
     lengths = [(9, (5, 8, 3)), (1, (2, 6)), (4, (7,))]
     return [
@@ -45,7 +45,7 @@ def logps(model, batch):
 
 
 def one_by_one(model, rows):
-    """Each response after its prompt, alone in a row without padding or mask: ``[B, K]``."""
+    """The log-probs ``[B, K]`` of each response after its prompt, alone in a row without padding or mask."""
     made = torch.zeros(len(rows), max(len(row["response_ids"]) for row in rows), dtype=model.dtype)
     for b, row in enumerate(rows):
         for k, response in enumerate(row["response_ids"]):
@@ -137,7 +137,7 @@ MODELS = {
 
 
 def values_and_grads(model, function):
-    """The log-probs and, weighted at random, the gradient of every parameter."""
+    """The log-probs, and the gradient of every parameter for a randomly weighted sum of them."""
     model.zero_grad()
     values = function(model)
     upstream = torch.randn(values.shape, generator=torch.Generator().manual_seed(5))

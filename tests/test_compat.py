@@ -1,4 +1,4 @@
-"""Each private name of other packages that `nca_kernels/_compat.py` uses is there and does what the package wants of it."""
+"""Each private name of other packages that `nca_kernels/_compat.py` uses exists and does what this package needs."""
 
 import ast
 import copy
@@ -20,7 +20,7 @@ PACKAGE = Path(nca_kernels.__file__).parent
 
 
 def use(function, *arguments):
-    """Call it; where the private name is gone, fail with what breaks without it."""
+    """Call the function; if the private name is gone, fail with a message that says what breaks without it."""
     try:
         return function(*arguments)
     except (AttributeError, ImportError) as error:
@@ -183,7 +183,7 @@ def test_the_device_of_accelerates_hooks():
 
 
 def _private_names(path):
-    """What a file takes from another package under a name that starts with one underscore."""
+    """The names with one leading underscore that a file uses from other packages."""
     tree = ast.parse(path.read_text())
     stores = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
     own = {node.attr for node in stores if getattr(node.value, "id", "") == "self"}

@@ -1,7 +1,7 @@
-"""``csrc/cuda`` compiled for chips that are not there: machine code is checked on any machine with ``nvcc``.
+"""``csrc/cuda`` compiled for GPUs that this machine need not have: the machine code is checked wherever ``nvcc`` exists.
 
-Registers that spill, or loads that shrink below 16 bytes, leave every result right and cost a good part of the bandwidth;
-only the machine code shows them.
+Spilled registers, or loads of fewer than 16 bytes, do not change any result and cost a good part of the bandwidth. Only the machine
+code shows them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def find_nvcc() -> str | None:
 
 
 def find_cuobjdump() -> str | None:
-    """The toolkit's, or the one in Triton's wheel."""
+    """The path of the toolkit's cuobjdump, or of the one in Triton's wheel."""
     triton = find_spec("triton")
     wheel = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton else None
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=wheel)
@@ -57,7 +57,7 @@ def kernel_name(symbol: str) -> str:
 
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """Of each (stem, arch): the cubin and what ptxas says of its kernels."""
+    """For each (stem, arch), the cubin and what ptxas reports about its kernels."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is neither on PATH nor under CUDA_HOME/bin")

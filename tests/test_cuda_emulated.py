@@ -1,6 +1,6 @@
-"""The CUDA kernels' results without a GPU: compiled for the CPU (``tests/cuda_emulation``), run in a process of their own.
+"""The results of the CUDA kernels without a GPU: they are compiled for the CPU (``tests/cuda_emulation``).
 
-Of its own, because undefined behaviour in a kernel ends it.
+They run in a separate process, because undefined behaviour in a kernel ends the process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Reward data in all its layouts, the errors that bad rows give, and its tokens."""
+"""Reward data in all layouts, the errors for bad rows, and the tokens."""
 
 import json
 
@@ -13,7 +13,7 @@ from nca_kernels.integrations.data.tokenize import tokenize_groups, truncate
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """Nothing of an earlier run, and nothing left in the user's cache."""
+    """Use an empty cache, so that no earlier run matters and nothing is left in the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 

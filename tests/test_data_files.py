@@ -1,4 +1,4 @@
-"""Files as the world has them: every kind, compression and encoding, and what is wrong with them by file and row."""
+"""Files of every kind, compression and encoding; errors name the file and the row."""
 
 import bz2
 import csv
@@ -149,7 +149,7 @@ def test_a_folder_of_a_saved_dataset(tmp_path):
 
 
 def damaged(suffix):
-    """Of a file of many different rows the first half."""
+    """The first half of a file of many different rows."""
     lines = "".join(json.dumps({**ROW, "prompt": f"{i} {hash(i) ** 7}"}) + "\n" for i in range(3000))
     data = compressed(suffix, lines.encode())
     return data[: len(data) // 2]

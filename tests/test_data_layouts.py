@@ -1,4 +1,4 @@
-"""Every layout of the table, by a row of the public columns of the data sets that have it, from every kind of source alike."""
+"""Every layout of the table, tested with rows that have the columns of public data sets, from every kind of source."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows that are right: the prompt once, nothing lost in silence, nothing added, labels where a loss wants labels."""
+"""Rows are right: the prompt appears once, nothing is silently lost or added, and labels exist if a loss needs them."""
 
 import doctest
 import json

@@ -1,4 +1,4 @@
-"""Six chat templates as TRL ships them: ids, labels and log-probs against a rendering and a model of the test's own."""
+"""Six chat templates from TRL: ids, labels and log-probs against the test's own rendering and model."""
 
 import copy
 import re
@@ -41,7 +41,7 @@ def _own_cache(tmp_path, monkeypatch, default_dispatch):
 
 
 def tokenizer(name):
-    """A byte-level BPE of the documentation's text that knows the template's marks as single tokens."""
+    """A byte-level BPE tokenizer, trained on the documentation, in which the template's marks are single tokens."""
     template = (FOLDER / f"{name}.jinja").read_text()
     marks = sorted(set(re.findall(r"<\|\w+\|>|<\w+_of_\w+>|</?think>", template)))
     backend = Tokenizer(models.BPE())
@@ -57,7 +57,7 @@ def tokenizer(name):
 
 
 def rendered(made, messages, generate):
-    """As a program of its own runs the template."""
+    """The template, rendered independently of the package."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
@@ -84,7 +84,7 @@ def rows(name):
 
 
 def expected(made, name, row):
-    """Prompt and response ids by the characters where the prompt ends in the rendering of both."""
+    """The ids of prompt and response, split at the character where the prompt ends in the rendering of both."""
     alone = rendered(made, row["prompt"], True)
     ids = []
     for answer in row["responses"]:

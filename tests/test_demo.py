@@ -1,4 +1,4 @@
-"""The small models, one alignment run, the demo and its command, at a size of seconds."""
+"""The small models, one alignment run, the demo and its command, at a size that takes seconds."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ SUMS, CHAINS = TASKS["sums"], TASKS["chains"]
 
 @pytest.fixture(scope="module")
 def world():
-    """A model that knows nothing, and rewarded samples of it: nearly every prompt's differ by a lucky digit."""
+    """An untrained model and its rewarded samples; for nearly every prompt the rewards differ, because of a lucky digit."""
     generator = torch.Generator().manual_seed(0)
     model = build_model(0, hidden_size=16)
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def test_drawn_problems(task):
 
 
 def test_samples_follow_the_model(world):
-    """The cached sampler draws what whole forwards give, from the same random numbers; or takes the likeliest tokens."""
+    """With the same random numbers the cached sampler draws the same tokens as full forwards; without, the most probable ones."""
     model, K = copy.deepcopy(world[0]), 3
     with torch.no_grad():
         model.lm_head.weight *= 30  # untaught, it says nearly the same after every prompt
@@ -153,7 +153,7 @@ print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(b"".join(p.detach(
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one set of vector instructions")
 def test_another_cpu_teaches_the_same_weights():
-    """Stands in for another CPU: PyTorch and MKL without vector instructions beyond SSE."""
+    """PyTorch and MKL without vector instructions beyond SSE stand in for another CPU."""
     printed = [
         subprocess.run(
             [sys.executable, "-c", TAUGHT], env={**os.environ, **other}, check=True, capture_output=True, text=True

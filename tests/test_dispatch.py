@@ -1,4 +1,4 @@
-"""Which backend runs, what explain() says, and the rule of the layers."""
+"""Which backend runs, what explain() says, and which modules may import which others."""
 
 import ast
 import subprocess
@@ -165,12 +165,12 @@ ROOMS = ["commands", "training", "reference", "data", "models"]
 
 
 def _imports(path):
-    """The package's own modules that a file imports, as their first name below the package."""
+    """The modules of the package that a file imports, each as its first name below the package."""
     yield from _imported(path, PACKAGE, "nca_kernels")
 
 
 def _imported(path, folder, package):
-    """The first names below ``package``, which lies in ``folder``, of what a file imports from it."""
+    """What a file imports from ``package``, which is in ``folder``: the first name below it."""
     depth = len(path.relative_to(folder).parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == depth:

@@ -1,6 +1,6 @@
-"""The examples of docstrings and pages run; the page of environment variables is complete.
+"""The examples in docstrings and pages run, and the page of environment variables is complete.
 
-docs/guide.md, which is one long session, has tests of its own in test_guide.py.
+test_guide.py tests docs/guide.md, which is one long session.
 """
 
 import doctest

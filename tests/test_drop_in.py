@@ -83,7 +83,7 @@ def test_a_temperature_may_be_learned():
 @pytest.mark.filterwarnings("ignore:nca_kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_dtype_of_a_gpu_is_float32(dtype):
-    """As that of TRL's kernel: a sum of rounded log-probs is off by as much as their rounding. No GPU is needed to tell."""
+    """On a GPU the dtype is float32, as in TRL's kernel, because sums of rounded log-probs are inexact. No GPU is needed here."""
     with FakeTensorMode():
         logits = torch.empty(2, 5, V, dtype=dtype, device="cuda")
         index = torch.empty(2, 5, dtype=torch.int64, device="cuda")

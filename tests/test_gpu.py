@@ -1,4 +1,4 @@
-"""What an interpreter and an emulator cannot show: sizes past 32 bits, launches, streams, devices, compilers."""
+"""Tests that need a GPU, not an interpreter or an emulator: sizes past 32 bits, launches, streams, devices, compilers."""
 
 import json
 import warnings
@@ -28,7 +28,7 @@ def _needs(gib):
 
 
 def _assert_rows_right(backend, logits, labels, rows, tol=1e-6):
-    """Values and gradients of these rows, computed with all the others around them."""
+    """Check values and gradients of these rows, which were computed together with all other rows."""
     upstream = torch.randn(labels.shape, device="cuda")
     leaf = logits.requires_grad_()
     logps = nca_kernels.token_logps(leaf, labels, backend=backend)
@@ -46,7 +46,7 @@ def _plain_entropy(logits):
 
 
 def _assert_statistics_right(backend, logits, labels, rows):
-    """Log-sum-exp, entropy and top-1 of these rows and the gradient of all three's sum, computed with the others around them."""
+    """Check log-sum-exp, entropy, top-1 and the gradient of their sum for these rows, computed together with all other rows."""
     leaf = logits.requires_grad_()
     stats = nca_kernels.token_stats(leaf, labels, entropy_gradient=True, backend=backend)
     (grad,) = torch.autograd.grad((stats.logps + stats.lse + stats.entropy).sum(), leaf)
@@ -71,7 +71,7 @@ def test_statistics_of_more_than_2_31_elements(gpu):
 @pytest.mark.parametrize("V", [1000, 50257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
 def test_statistics(gpu, dtype, V):
-    """With the rounding of the device's own division and exponential, which the interpreter and the emulator lack."""
+    """The device's own division and exponential round in a way that the interpreter and the emulator do not."""
     logits = (3 * torch.randn(64, V, device="cuda")).to(dtype)
     labels = torch.where(torch.rand(64, device="cuda") < 0.5, logits.argmax(-1), torch.randint(V, (64,), device="cuda"))
     _assert_statistics_right(gpu.name, logits, labels, torch.arange(64, device="cuda"))
@@ -119,7 +119,7 @@ def test_sequences_of_8192_tokens_at_a_large_vocabulary(gpu, dtype):
 
 
 def test_work_goes_to_the_current_stream(gpu):
-    """On another stream, behind a write that is late: read on the wrong stream, the inputs would be the old ones."""
+    """The call runs on another stream after a delayed write; on the wrong stream it would read the old inputs."""
     side = torch.cuda.Stream()
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ def test_the_tensors_device_is_used_not_the_current_one(gpu):
 
 
 def _replayed(step, leaf):
-    """The step captured, replayed on other values of ``leaf``, and computed from them anew."""
+    """Capture the step, replay it on new values of ``leaf``, and compute it from them without a graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -179,7 +179,7 @@ def _replayed(step, leaf):
 
 
 def test_a_cuda_graph_captures_forward_and_backward(gpu):
-    """Nothing syncs with the host, so capture succeeds, and a replay on new values gives the new numbers."""
+    """Nothing syncs with the host, so capture succeeds, and a replay on new values gives the new results."""
     logits = torch.randn(8, 33, 1000, device="cuda", requires_grad=True)
     labels = torch.randint(1000, (8, 33), device="cuda")
     labels[0, :4] = -100
@@ -209,7 +209,7 @@ def test_a_cuda_graph_captures_the_statistics(gpu):
 
 
 def test_a_cuda_graph_captures_a_gradient_in_place(gpu):
-    """The gradient takes the memory of the logits at every replay, after forward has filled it anew."""
+    """At every replay forward fills the memory of the logits again, and then the gradient overwrites it."""
     hidden = torch.randn(8, 33, 64, device="cuda", requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda") / 8
     labels = torch.randint(1000, (8, 33), device="cuda")
@@ -238,7 +238,7 @@ def test_a_cuda_graph_captures_the_linear_statistics(gpu):
 
 
 def test_a_cuda_graph_captures_the_linear_family(gpu):
-    """Under capture nothing may wait for the number of scored rows: all rows are kept, ignored ones left out by the kernels."""
+    """Under capture nothing may wait for the number of labelled rows, so all rows are kept and the kernels skip ignored ones."""
     hidden = torch.randn(2, 9, 64, device="cuda", requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
     labels = torch.randint(1000, (2, 9), device="cuda")
@@ -277,7 +277,7 @@ def test_torch_compile(gpu, mode):
 
 @pytest.fixture
 def launched(tmp_path):
-    """The names of the kernels that a warm step launches; the driver's own copies and fills are none."""
+    """The names of the kernels that a warm step launches; copies and fills by the driver do not count."""
 
     def names(step):
         step()
@@ -296,7 +296,7 @@ def launched(tmp_path):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_group_loss_is_one_launch_and_its_gradient_one_more(gpu, launched, name):
-    """Backward is the product of the upstream gradient with the derivative that forward has computed."""
+    """Backward multiplies the upstream gradient with the derivative that forward has computed."""
     logps = torch.randn(64, 4, device="cuda", requires_grad=True)
     ref_logps, scores = torch.randn(2, 64, 4, device="cuda")
     one = torch.ones((), device="cuda")
@@ -312,7 +312,7 @@ def test_group_loss_is_one_launch_and_its_gradient_one_more(gpu, launched, name)
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 def test_token_logps_is_one_launch_each_way(gpu, launched, inplace):
-    """No copy of the logits, no pass over the labels, no fill of the gradient."""
+    """There is no copy of the logits, no pass over the labels and no fill of the gradient."""
     logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(32000, (64,), device="cuda")
     labels[::2] = -100
@@ -332,7 +332,7 @@ def _row_kernels(names):
 
 
 def test_statistics_are_one_read_and_one_write(gpu, launched):
-    """What follows from them works on a number a row."""
+    """All further work is on one number per row."""
     logits = torch.randn(64, 32000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(32000, (64,), device="cuda")
 
@@ -372,7 +372,7 @@ def _waits(call):
 
 
 def test_nothing_but_the_linear_family_waits_for_the_gpu(gpu):
-    """And that waits once, for the number of rows whose label counts."""
+    """The linear functions wait once, for the number of labelled rows."""
     logits = torch.randn(4, 33, 1000, device="cuda", requires_grad=True)
     hidden = torch.randn(4, 33, 64, device="cuda", requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
@@ -394,7 +394,7 @@ def test_nothing_but_the_linear_family_waits_for_the_gpu(gpu):
 
 @pytest.mark.parametrize("V", [1001, 50257])
 def test_a_linear_head_of_odd_v_in_one_tile(gpu, V):
-    """The tile's rows are padded to whole words; the columns of the padding reach neither sums nor gradients."""
+    """The tile's rows are padded to whole 16-byte words, and the padding affects neither sums nor gradients."""
     hidden = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(V, 64, device="cuda") / 8).bfloat16().requires_grad_()
     labels = torch.randint(V, (40,), device="cuda")

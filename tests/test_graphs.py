@@ -1,4 +1,4 @@
-"""How many graphs torch.compile makes of the functions of logits over a dozen lengths, and torch.export with a dynamic one."""
+"""How many graphs torch.compile makes of the functions of logits for a dozen lengths; torch.export with a dynamic length."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ FUNCTIONS = [_token_logps, _sequence_logps, _packed, _token_stats, _inplace, _se
 
 @pytest.fixture(autouse=True)
 def _as_a_user(request, target, monkeypatch):
-    """What takes no backend runs on the one of a user, for whom Triton's interpreter is not on: once is enough."""
+    """A function without a backend argument runs on a user's default, without Triton's interpreter, so one run is enough."""
     if request.node.callspec.params["function"] in (_selective, _selective_of_several):
         if target.name != "cpu":
             pytest.skip("takes no backend, so one target is enough")

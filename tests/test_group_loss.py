@@ -18,7 +18,7 @@ SHARED = ("beta", "mask", "reduction", "nll_weight")  # what every loss takes
 
 
 def _batch(B, K, ragged, ties, seed=0):
-    """Log-probs as long responses give them (hundreds of nats), scores with ties, and a mask with empty prompts."""
+    """Log-probs of the size of long responses (hundreds of nats), scores with ties, and a mask with empty prompts."""
     generator = torch.Generator().manual_seed(seed)
     ref_logps = -300 * torch.rand(B, K, generator=generator) - 20
     logps = ref_logps + 12 * torch.randn(B, K, generator=generator)
@@ -33,7 +33,7 @@ def _batch(B, K, ragged, ties, seed=0):
 
 
 def taken(name, options):
-    """Those of the options that the loss takes."""
+    """Only the options that the loss takes."""
     own = (*LOSSES[name].takes, *SHARED, *(("lengths",) if options.get("nll_weight") else ()))
     return {key: value for key, value in options.items() if key in own}
 
@@ -47,7 +47,7 @@ def _run(name, logps, ref_logps, scores, backend, upstream, **options):
 
 
 def _check(target, name, logps, ref_logps, scores, *, reduction="none", **options):
-    """Against float64; the yardstick is the reference in float32, on the same float32 inputs."""
+    """Compare with float64; the yardstick is the reference in float32 on the same float32 inputs."""
     B, options = len(logps), taken(name, options)
     upstream = torch.randn(B) if reduction == "none" else torch.tensor(1.7)
     options["reduction"] = reduction
@@ -94,7 +94,7 @@ def test_against_the_reference(target, name, K, ties, ragged):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_many_prompts_and_many_responses(target, name):
-    """More prompts than one block of threads has, and more responses than a warp."""
+    """More prompts than a block of threads has threads, and more responses than a warp has."""
     for B, K in ((2100, 2), (5, 67)):
         if target.interpreted and B > 100:
             B = 100
@@ -125,7 +125,7 @@ NAN_INPUTS = ("logps", "ref_logps", "scores", "lengths", "baseline")
 @pytest.mark.parametrize("where", NAN_INPUTS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_reaches_its_prompt_alone(target, name, where):
-    """Whatever comparisons and maxima a loss makes of it; the loss and the gradients of the other prompts stay as they are."""
+    """No comparison or maximum hides the NaN, and the losses and gradients of the other prompts do not change."""
     logps, ref_logps, scores, mask, lengths, _ = _batch(6, 4, True, False, seed=5)
     inputs = {"logps": logps, "ref_logps": ref_logps, "scores": scores, "lengths": lengths.float(), "baseline": torch.ones(1)}
     mask[1] = torch.tensor([True, True, False, True])
@@ -167,7 +167,7 @@ def test_extreme_scores_and_rewards(target, name):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "plackett_luce"])
 def test_nothing_to_learn_from(target, name):
-    """No pair: ties only, one response, none at all."""
+    """There is no pair: only ties, one response, or no response."""
     scores = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 0.0], [0.0, 1.0, 2.0]], device=target.device)
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]], device=target.device)
     logps = torch.randn(3, 3, device=target.device, requires_grad=True)
@@ -202,7 +202,7 @@ def test_named_functions_are_the_same(target):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 @pytest.mark.parametrize("name", LOSSES)
 def test_integer_scores(target, name, dtype):
-    """Ratings are integers; they mean the floating-point numbers of the same value."""
+    """Integer ratings give the same results as floating-point numbers of the same value."""
     logps, ref_logps, scores, mask, *_ = (None if x is None else x.to(target.device) for x in _batch(5, 4, True, True))
     options = {"mask": mask, "reduction": "none", "backend": target.name}
     whole, floating = (nca_kernels.group_loss(name, logps, ref_logps, s, **options) for s in (scores.to(dtype), scores))
@@ -220,7 +220,7 @@ def test_low_precision_log_probs_are_computed_in_float32(target):
 
 @pytest.mark.parametrize("name", ["dpo", "nca"])
 def test_label_smoothing_and_nll_by_their_definition(target, name):
-    """Through other calls of the same function: the pairs the other way round, and the gradient of the weighted averages."""
+    """Compare with other calls of the same function: with reversed pairs, and with the gradient of the weighted averages."""
     logps, ref_logps, scores, mask, lengths, _ = (x.to(target.device) for x in _batch(5, 4, True, True))
     options = {"mask": mask, "reduction": "none", "backend": target.name}
     plain = nca_kernels.group_loss(name, logps, ref_logps, scores, **options).loss
@@ -236,7 +236,7 @@ def test_label_smoothing_and_nll_by_their_definition(target, name):
 
 
 def test_an_impossible_response_without_weight(target):
-    """Its log-prob of -inf meets a weight of 0, and 0 * inf must not show."""
+    """A log-prob of -inf has the weight 0, and 0 * inf must not give NaN."""
     logps = torch.tensor([[-1.0, -math.inf]], device=target.device)
     ref_logps, scores = torch.full_like(logps, -2.0), torch.tensor([[1, 0]], device=target.device)
     lengths = torch.full_like(logps, 4.0)
@@ -261,7 +261,7 @@ def test_order_of_the_responses_does_not_matter(target, name):
 
 
 def test_plackett_luce_and_biased_nca_of_two(target):
-    """Without ties the former is DPO; at alpha 0 the latter is -log sigmoid(r_w) - log sigmoid(-r_l). One response: 0."""
+    """Without ties, Plackett-Luce is DPO; at alpha 0, biased NCA is -log sigmoid(r_w) - log sigmoid(-r_l). One response gives 0."""
     logps, ref_logps, scores, *_ = (None if x is None else x.to(target.device) for x in _batch(50, 2, False, False))
     options = {"reduction": "none", "backend": target.name}
     ours = nca_kernels.plackett_luce_loss(logps, ref_logps, scores, **options).loss
@@ -277,7 +277,7 @@ def test_plackett_luce_and_biased_nca_of_two(target):
 
 
 def test_a_batch_that_takes_several_blocks(target):
-    """Their sum is the sum of the losses one by one, and their mean the mean."""
+    """The reductions give the sum and the mean of the losses of single prompts."""
     B, K = (36, 31) if target.interpreted else (1100, 6)
     logps, ref_logps, scores, mask, *_ = (x.to(target.device) for x in _batch(B, K, True, True))
     options = {"mask": mask, "backend": target.name}
@@ -304,7 +304,7 @@ def test_two_responses_and_alpha_zero(target):
 
 @pytest.mark.parametrize("name", ["info_nca", "nca"])
 def test_the_optimum_of_a_free_policy(target, name):
-    """Descended by the backend's own gradients: s / alpha + C for InfoNCA, log(K w), without a free constant, for NCA."""
+    """Descent by the backend's gradients ends at s / alpha + C for InfoNCA, and at log(K w), without a free constant, for NCA."""
     scores = torch.tensor([[0.3, -0.2, 0.9, 0.1], [1.0, 1.0, 0.0, -0.5]], device=target.device)
     beta, alpha = 0.5, 0.6
     table = torch.zeros_like(scores, requires_grad=True)

@@ -1,4 +1,4 @@
-"""docs/guide.md, as a new user follows it: its files, its commands and its Python, with a tiny model for the one it names."""
+"""docs/guide.md as a new user follows it: its files, commands and Python, with a tiny model in place of the one that it names."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def commands(start):
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory):
-    """A folder with the guide's files in it, and a tiny model under the name that the guide's has."""
+    """A folder with the guide's files and a tiny model under the name of the guide's model."""
     folder = tmp_path_factory.mktemp("user")
     save_tiny_model(folder / MODEL)
     files = re.findall(r"^`([\w-]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
@@ -177,7 +177,7 @@ def test_preferences_take_alpha_0_unless_told(user, capsys):
 
 
 def _table(title):
-    """The rows of a table of keys: theirs, and ours as ``(key, value)``, the value empty where the table has none."""
+    """The rows of a table of keys: their key, and ours as ``(key, value)``; the value is empty if the table has none."""
     section = GUIDE.split(title)[1].split("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE)[1:]
     assert len(rows) > 10
@@ -192,7 +192,7 @@ NO_KEYS = {"from_pretrained", "info_nca", "dpo", "precompute"}
 
 @pytest.mark.parametrize("title", ["## From the authors' YAML", "## From TRL's DPOTrainer"])
 def test_the_tables_name_keys_and_values_that_a_run_takes(user, title):
-    """Each row's keys, also where they are "the same", with its values where it has some, in a configuration of their own."""
+    """A configuration accepts the keys of each row, also those that are "the same", with the values that the row gives."""
     for theirs, named in _table(title):
         given = {}
         for key, value in named:

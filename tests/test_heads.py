@@ -1,4 +1,4 @@
-"""Log-probs without logits for Hugging Face models, against each model's own ``.logits``."""
+"""model_logps for Hugging Face models, against log-probs from each model's own ``.logits``."""
 
 import copy
 
@@ -21,7 +21,7 @@ def _users_dispatch(default_dispatch):
 
 
 def own_logps(model, input_ids, attention_mask, labels, compute=None):
-    """The same from the model's own logits."""
+    """The log-probs from the model's own logits."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     following = F.pad(labels[:, 1:], (0, 1), value=-100)
     return plain_token_logps(logits, following, compute=compute or torch.promote_types(logits.dtype, torch.float32))
@@ -36,7 +36,7 @@ def values_and_grads(function, model, inputs, upstream):
 
 
 def assert_same(model, inputs):
-    """Values and the gradient of every parameter, against the float64 of the model's logits; float32 is the yardstick."""
+    """Compare values and the gradient of every parameter with those of the model's logits in float64; float32 is the yardstick."""
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
     ours, ours_grads = values_and_grads(model_logps, model, inputs, upstream)
     peer, peer_grads = values_and_grads(own_logps, model, inputs, upstream)
@@ -53,7 +53,7 @@ def assert_same(model, inputs):
 
 @pytest.mark.parametrize(("name", "compiled"), [("llama", False), ("gemma2", False), ("granite", False), ("gemma2", True)])
 def test_token_stats(name, compiled):
-    """Also through a softcap and a scale, with one label of two the most probable token."""
+    """Statistics also hold with a softcap and a scale; every other label is the most probable token."""
     model, (input_ids, attention_mask, labels) = tiny(name), batch()
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.detach().double()
     likely = F.pad(logits.argmax(-1)[:, :-1], (1, 0))
@@ -90,7 +90,7 @@ def assert_restored(model):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name):
-    """Softcapped, scaled, biased, tied, recurrent, mixtures of experts: one mechanism and no table of names."""
+    """Softcapped, scaled, biased, tied, recurrent and mixture-of-experts models all work without a table of names."""
     assert_same(tiny(name), batch())
 
 
@@ -122,7 +122,7 @@ def test_logits_scaled_in_place():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fit(dtype):
-    """A scale and a softcap at once, also where the model rounds its logits to bfloat16."""
+    """The fit finds a scale and a softcap together, even if the model rounds its logits to bfloat16."""
     known = post_head.known_values(1000, torch.device("cpu"))
     for wanted in [post_head.PostHead(0.0625, 50.0), post_head.PostHead(1 / 6, None), post_head.PostHead(1.5, 2.0)]:
         found = post_head.fit_post_head(known, wanted(known).to(dtype))
@@ -141,7 +141,7 @@ def test_left_padding_shift_and_ignore_index():
 
 
 def test_no_row_is_labelled():
-    """No token to compare on this rank must not mean other forwards than on the other ranks."""
+    """A rank without labelled tokens must do the same forwards as the other ranks."""
     model, (input_ids, attention_mask, labels) = tiny("gemma2"), batch()
     logps = model_logps(model, input_ids, attention_mask, torch.full_like(labels, -100))
     assert torch.equal(logps, torch.zeros(labels.shape))
@@ -174,7 +174,7 @@ def test_patch_for_a_trainer():
 
 
 def test_head_runs_inside_its_hooks():
-    """What FSDP, ZeRO-3 and accelerate do there: weights that exist only between the head's own hooks."""
+    """With FSDP, ZeRO-3 and accelerate, weights exist only between the head's own hooks."""
     model, inputs = tiny("llama"), batch()
     wanted = own_logps(model, *inputs).detach()
     head = model.lm_head
@@ -213,7 +213,7 @@ def test_gradient_checkpointing():
 
 
 def test_autocast():
-    """At first use, too: older autocast serves weights cast without gradients to the forward after it (pytorch#158232)."""
+    """Also at first use: older autocast reuses weights that were cast without gradients in the next forward (pytorch#158232)."""
     model, inputs = tiny("gemma2"), batch()
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
     true, true_grads = values_and_grads(lambda *a: own_logps(*a, compute=torch.float64), model, inputs, upstream)
@@ -238,7 +238,7 @@ def test_bfloat16_model():
 
 
 def test_accelerate_offloaded_weights():
-    """The weights are on the meta device but for the moment of each layer's forward; accelerate holds `forward` itself."""
+    """The weights are on the meta device except during each layer's forward, and accelerate replaces `forward` itself."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model, inputs = tiny("granite"), batch()
     wanted = own_logps(model, *inputs).detach()
@@ -334,7 +334,7 @@ def test_refused_heads(wrap, message):
 
 
 def after_head(function):
-    """A Llama that does ``function`` to its head's output."""
+    """A Llama that applies ``function`` to the output of its head."""
     model = tiny("llama")
     model.lm_head.register_forward_hook(lambda _m, _i, logits: function(logits))
     return model
@@ -364,7 +364,7 @@ def test_refused_maps(function, message):
 
 
 def test_a_map_that_widens_later_is_refused():
-    """A bias that is still zero passes for none when the map is fitted; its shape gives it away."""
+    """A bias that is still zero is not seen when the map is fitted, but its shape shows later."""
     model = after_head(lambda x: x + torch.zeros(VOCAB))
     with pytest.raises(ValueError, match=r"its output \[2, 9, 1\] became \[2, 9, 99\]"):
         model_logps(model, *batch())

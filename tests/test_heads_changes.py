@@ -1,4 +1,4 @@
-"""model_logps where the model changes: learned scales, changed configurations, compiled and dropped models, changed outputs."""
+"""model_logps when the model changes: learned scales, changed configurations, compiled and deleted models, changed outputs."""
 
 import copy
 import gc
@@ -59,7 +59,7 @@ def test_a_learned_softcap_is_refused_by_name():
 
 
 def test_a_learned_scale_is_followed_where_it_needs_no_gradient():
-    """Without gradients, or frozen; whatever changed it in between, and refused as soon as it is trained."""
+    """A changed scale is used if it is frozen or gradients are off, and refused as soon as it is trained."""
     model, inputs = with_scale(), batch()
     for value in (0.5, 0.7, 0.7, 2.0):
         with torch.no_grad():
@@ -180,7 +180,7 @@ def test_outputs_may_be_changed_in_place(producer, trained, change):
 
 
 def test_models_are_compiled_scored_and_dropped():
-    """A model more neither breaks the guards of another nor compiles it anew."""
+    """A further model neither breaks the guards of another one nor recompiles it."""
     torch._dynamo.reset()
     first, inputs = tiny("llama"), batch()
     counter = CompileCounterWithBackend("eager")

@@ -40,7 +40,7 @@ def test_peft_trained_copy_of_the_head():
 
 
 def test_peft_lora_on_the_head():
-    """Refused while it acts, also after a use without it; right where it is disabled or merged."""
+    """LoRA on the head is refused while it is active, also after a call without it; disabled or merged, the result is right."""
     model, inputs = lora("llama", target_modules=["q_proj", "lm_head"]), batch()
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(model_logps(model, *inputs), own_logps(model, *inputs), rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def test_peft_lora_on_the_head():
 
 
 def test_peft_lora_on_the_heads_parameter():
-    """Added to the weight itself, it is in the weight that the head's forward reads."""
+    """LoRA on the parameter changes the weight itself, which the head's forward reads."""
     assert_same(lora("llama", target_modules=["q_proj"], target_parameters=["lm_head.weight"]), batch())
 
 
@@ -69,7 +69,7 @@ def test_peft_lora_on_the_heads_parameter():
     ],
 )
 def test_peft_other_adapters_on_the_head_are_refused(config, settings):
-    """Also those that do nothing yet: the first step of training would change that, unseen."""
+    """They are refused even if they do nothing yet, because the first step of training would change that unnoticed."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(tiny("llama"), getattr(peft, config)(task_type="CAUSAL_LM", **settings))
     with pytest.raises(ValueError, match="model: "):

@@ -1,4 +1,4 @@
-"""``inplace_backward``: the gradient in the place of the logits, and nobody's wrong gradient for it."""
+"""``inplace_backward``: the gradient overwrites the logits, and no other use of the logits gets a wrong gradient."""
 
 import contextlib
 import functools
@@ -57,7 +57,7 @@ def _loss(logits, labels, inplace, backend):
 
 @functools.cache
 def _wanted(name, backend, device):
-    """The gradient that nothing is overwritten for, of logits of the maker ``name``."""
+    """The gradient without overwriting, for the logits that ``name`` makes."""
     leaf, labels = _problem(device)
     return torch.autograd.grad(_loss(MAKERS[name](leaf), labels, False, backend), leaf)[0]
 
@@ -96,7 +96,7 @@ def test_saved_tensor_hooks_get_the_right_gradient(kernels, how, name):
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("how", HOOKS)
 def test_logits_made_under_hooks(kernels, how, name):
-    """The hooks hold the logits for the operator that made them; the call itself is outside."""
+    """The hooks hold the logits for the operator that made them, and the call itself is outside of the hooks."""
     if how == "numpy" and kernels.device.type != "cpu":
         pytest.skip("NumPy has no memory of a GPU")
     leaf, labels = _problem(kernels.device)
@@ -107,7 +107,7 @@ def test_logits_made_under_hooks(kernels, how, name):
 
 
 def test_what_else_reads_the_logits_under_hooks(kernels):
-    """Hooks that hand on a detached tensor or an array share the memory, and that is seen."""
+    """Hooks that return a detached tensor or an array share the memory, which is detected."""
     leaf, labels = _problem(kernels.device)
     for how in ("detached", "copied", "numpy") if kernels.device.type == "cpu" else ("detached", "copied"):
         gradients = []
@@ -163,7 +163,7 @@ def test_rows_that_lie_between_each_other_do_not_overlap(kernels):
 
 
 def test_rows_that_no_kernel_reads_are_not_refused():
-    """The vocabulary is not the innermost dimension: backend torch, which never overwrites."""
+    """If the vocabulary is not the innermost dimension, backend torch runs, which never overwrites."""
     leaf = torch.randn(2, 10, 3, requires_grad=True)
     labels = torch.zeros(2, 3, dtype=torch.int64)
     gradients = []
@@ -176,7 +176,7 @@ def test_rows_that_no_kernel_reads_are_not_refused():
 @pytest.mark.parametrize("returned", ["logits", "view", "beside"])
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager", "eager"])
 def test_a_compiled_function_may_return_its_logits(kernels, compiler, returned):
-    """A graph plans its own memory: what it returns is never overwritten."""
+    """A compiled graph plans its own memory, so it never overwrites what it returns."""
     if compiler == "inductor" and (returned != "logits" or kernels.interpreted):
         pytest.skip("seconds each: the graph is the one that aot_eager runs, and calls the same operator on every backend")
     leaf, labels = _problem(kernels.device)

@@ -1,4 +1,4 @@
-"""nca-kernels inspect: what a run would train on, and warnings for what a user would regret, without a model's weights."""
+"""nca-kernels inspect: what a run would train on, and warnings for likely mistakes, without the weights of a model."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tokenizer and a configuration alone."""
+    """A folder with only a tokenizer and a configuration."""
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model(folder)
     os.remove(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The border to C++: every field of a kernel's arguments is passed by name, and a wrong set of names is an error."""
+"""The interface to C++: every field of a kernel's arguments is passed by name, and a wrong set of names is an error."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, and a disk that fills up; of ``make test-long``, since twenty kills take minutes."""
+"""Runs that are killed at any moment, and a disk that fills up. ``make test-long`` runs these, as twenty kills take minutes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def environment():
 
 
 def test_twenty_kills(tmp_path, request):
-    """SIGKILL at twenty random moments, checkpoints being written among them: each run ends with the bits of one never killed."""
+    """SIGKILL at twenty random moments, also while a checkpoint is written: each run ends with the bits of an unkilled run."""
     command = [sys.executable, str(TESTS / "kills.py"), str(tmp_path), "20", "0"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -55,7 +55,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, tmp_path):
-    """The run stops with the last good checkpoint's name; with room again it goes on to the bits of a run that had it all along."""
+    """The run stops and names the last good checkpoint. With free space it resumes, to the same bits as an undisturbed run."""
 
     def train(folder, resume):
         command = [sys.executable, "-c", FULL, str(folder), "12", resume]

@@ -1,4 +1,4 @@
-"""linear_token_logps: values and all gradients against float64, in every case and tiling, without the logits."""
+"""linear_token_logps: values and all gradients against float64, in every case and tiling, and its memory."""
 
 import math
 
@@ -30,7 +30,7 @@ gradient_cases = pytest.mark.parametrize("needs", list(MAIN.values())[1:], ids=l
 
 
 def _problem(target, dtype=torch.float32):
-    """An odd vocabulary, rows that are no multiple of anything, some of them ignored. Little in the slow interpreter."""
+    """Inputs with an odd vocabulary and an odd number of rows, some ignored; a small size in the slow interpreter."""
     torch.manual_seed(0)
     (N, T), V = ((2, 7), 131) if target.interpreted else ((3, 41), 517)
     hidden, weight, bias = torch.randn(N, T, D), 0.4 * torch.randn(V, D), torch.randn(V)
@@ -40,7 +40,7 @@ def _problem(target, dtype=torch.float32):
 
 
 def _run(problem, needs, dtype, device="cpu", order=slice(None), **options):
-    """The log-probs, and the gradients of those that need one; ``order`` is that of the GEMM's sums."""
+    """The log-probs, and the gradients of the inputs that need one; ``order`` is the order of the GEMM's sums."""
     *tensors, labels = problem
     leaves = [t.to(device, dtype).clone().requires_grad_(bool(n)) for t, n in zip(tensors, needs, strict=True)]
     hidden, weight, bias = leaves
@@ -55,11 +55,11 @@ def _rms(errors):
 
 
 def _check(target, dtype, needs, problem=None, save_budget=0, **options):
-    """No worse than same-dtype PyTorch, beside the rounding of the result.
+    """Errors are at most those of same-dtype PyTorch, plus the rounding of the result.
 
-    Over a tensor, not entry by entry: sums of hundreds of terms in another order have errors of the same size, but not
-    the same errors. What size, PyTorch says in four orders of the GEMM's sums. On a GPU, where the GEMM of a tile and that
-    of the whole are different kernels, four times that: with the tile's sums in random order on a CPU up to 2.6 was seen.
+    Errors are compared over a tensor, not entry by entry: sums of hundreds of terms in another order have errors of the same size,
+    but not the same errors. PyTorch with four orders of the GEMM's sums gives that size. On a GPU, where a tile and the whole use
+    different GEMM kernels, four times as much is allowed: a CPU with a tile's sums in random order gave up to 2.6 times.
     """
     slack = 4 if target.device.type == "cuda" else 1
     problem = problem or _problem(target, dtype)
@@ -95,7 +95,7 @@ def test_scale_and_softcap(kernels, needs):
 @pytest.mark.parametrize("tile_bytes", [2048, 20000, 10**7])
 @main_cases
 def test_any_tile(kernels, monkeypatch, tile_bytes, needs):
-    """Blocks of rows and slices of the vocabulary, even or not, down to tiles of a few hundred numbers."""
+    """Even and uneven blocks of rows and slices of the vocabulary, down to tiles of a few hundred numbers."""
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(tile_bytes))
     _check(kernels, torch.float32, needs, softcap=6.0)
     _check(kernels, torch.bfloat16, needs)
@@ -104,7 +104,7 @@ def test_any_tile(kernels, monkeypatch, tile_bytes, needs):
 @pytest.mark.parametrize("tile_bytes", [2048, 10**7])
 @gradient_cases
 def test_a_likely_label(kernels, monkeypatch, tile_bytes, needs):
-    """p = 0.999 and more at the label: what is left of ``onehot - p`` must not drown in the rounding of p."""
+    """With p >= 0.999 at the label, the remainder of ``onehot - p`` must not be lost in the rounding of p."""
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(tile_bytes))
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, bias, labels = _problem(kernels)
@@ -118,7 +118,7 @@ def test_a_likely_label(kernels, monkeypatch, tile_bytes, needs):
 @pytest.mark.parametrize("tile_bytes", [2048, 10**7])
 @main_cases
 def test_columns_of_minus_infinity(kernels, monkeypatch, tile_bytes, needs):
-    """A padded vocabulary: whole slices, the first among them, hold nothing finite."""
+    """In a padded vocabulary, whole slices may have no finite logit, also the first slice."""
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(tile_bytes))
     hidden, weight, bias, labels = _problem(kernels)
     bias[:70], bias[-5:] = -math.inf, -math.inf
@@ -141,7 +141,7 @@ def test_nan_stays_in_its_row(kernels, monkeypatch, needs):
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_save_budget_changes_no_number(kernels, monkeypatch, share):
-    """Nor does a second backward: the logits that were kept are still there."""
+    """A second backward gives the same numbers too, because the kept logits still exist."""
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", "20000")
     *tensors, labels = problem = _problem(kernels)
     budget = int(share * labels.numel() * len(tensors[1]) * 4)
@@ -156,7 +156,7 @@ def test_save_budget_changes_no_number(kernels, monkeypatch, share):
 
 @pytest.mark.parametrize("captured", [(True, False), (False, True), (True, True)], ids=["forward", "backward", "both"])
 def test_kept_logits_and_cuda_graphs(kernels, monkeypatch, captured):
-    """A graph has all rows, a call outside of one the labelled rows: the one must not take the other's logits for its own."""
+    """A graph keeps all rows and a call outside of a graph only the labelled rows, so neither may use the other's logits."""
     *tensors, labels = _problem(kernels)
     leaves = [t.to(kernels.device).requires_grad_() for t in tensors]
     labels = labels.to(kernels.device)
@@ -185,7 +185,7 @@ def test_no_row_is_labelled(kernels, needs):
 
 @gradient_cases
 def test_ignored_positions_may_hold_anything(kernels, needs):
-    """NaN in hidden states and in the upstream gradient alike."""
+    """NaN in the hidden states and in the upstream gradient of ignored positions has no effect."""
     hidden, weight, bias, labels = (t.to(kernels.device) for t in _problem(kernels))
     ignored = labels == -100
     hidden[ignored] = math.nan
@@ -222,7 +222,7 @@ def test_a_k_way_loss_through_hidden_states(kernels):
 
 
 def test_autocast_runs_the_gemm_in_its_dtype(kernels):
-    """And the gradients come back in the dtype of the parameters."""
+    """The gradients have the dtype of the parameters."""
     *tensors, labels = problem = _problem(kernels)
     with torch.autocast(kernels.device.type, dtype=torch.bfloat16):
         ours = _run(problem, NEEDS["all"], torch.float32, kernels.device, backend=kernels.name)
@@ -266,7 +266,7 @@ def test_bitwise_the_same_from_run_to_run(kernels, monkeypatch, needs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @main_cases
 def test_memory_is_a_tile_and_not_the_logits(kernels, monkeypatch, dtype, needs):
-    """M x V would be 64 or 128 MiB; and no float32 copy of a gradient of the weight in bfloat16."""
+    """The logits would take 64 or 128 MiB. A bfloat16 gradient of the weight has no float32 copy."""
     if kernels.interpreted:
         pytest.skip("the interpreter copies every tensor: its memory says nothing about the tiles")
     tile = 4 * MIB
@@ -311,7 +311,7 @@ def test_a_tile_keeps_to_its_bytes(monkeypatch, V, frozen):
 
 
 def test_sums_over_tiles_are_float32():
-    """In bfloat16, 256 + 1 = 256."""
+    """In bfloat16 the sum would stop growing, because 256 + 1 = 256."""
     out, one = torch.empty(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
     total = ProductSum(out, terms=1000)
     for _ in range(1000):

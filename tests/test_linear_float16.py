@@ -1,4 +1,4 @@
-"""float16 under loss scaling: a frozen head is as right as a trained one, and as plain PyTorch."""
+"""float16 with loss scaling: a frozen head is as exact as a trained one and as plain PyTorch."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ G = 65536 / 32  # the loss scale of a gradient scaler over a mean of 32
 
 
 def _problem(dtype, remainder):
-    """Rows whose label has the probability ``1 - remainder``."""
+    """Inputs in which each row's label has the probability ``1 - remainder``."""
     torch.manual_seed(0)
     weight = (0.02 * torch.randn(V, D)).to(dtype)
     labels = torch.randint(V, (M,))
@@ -24,7 +24,7 @@ def _problem(dtype, remainder):
 
 
 def _exact(hidden, weight, labels):
-    """dlogp/dhidden in float64 from the logits in their own dtype, which all that follow have."""
+    """dlogp/dhidden in float64, from logits in their own dtype, which all implementations share."""
     logits = (hidden @ weight.t()).double()
     # The label's 1 - p as the sum of the others: 1 - p itself would cancel.
     odds = (logits - logits.gather(1, labels[:, None])).exp().scatter(1, labels[:, None], 0.0)
@@ -41,7 +41,7 @@ def _dhidden(problem, backend, trained=False, scale=1.0):
 
 
 def _error(ours, exact):
-    """The median over rows, relative."""
+    """The median over rows of the relative error."""
     return ((ours - exact).norm(dim=1) / exact.norm(dim=1)).median().item()
 
 
@@ -59,7 +59,7 @@ def test_a_frozen_head_is_as_right_as_a_trained_one(monkeypatch, remainder, tile
 
 @pytest.mark.parametrize("size", [1 / 64, 32.0])
 def test_the_size_of_the_weights_does_not_matter(size):
-    """``u`` grows with them; before ``g`` comes it must neither underflow nor overflow."""
+    """``u`` grows with the weights; before it is multiplied by ``g`` it must neither underflow nor overflow."""
     hidden, weight, labels = _problem(torch.float16, 1e-3)
     problem = (hidden / size if size > 1 else hidden, weight * size, labels)
     scale = 1.0 if size > 1 else 1 / size

@@ -1,4 +1,4 @@
-"""How often the linear family compiles: at most two graphs over a dozen lengths, one exported program for all of them."""
+"""How often the linear functions are compiled: at most two graphs for a dozen lengths, and one exported program for all."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ FUNCTIONS = [nca_kernels.linear_token_logps, nca_kernels.linear_sequence_logps, 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"save_budget": 10**4}, {"save_budget": 10**9}], ids=str)
 def test_graphs_over_a_dozen_lengths(function, trained, options):
-    """Forward and backward; the numbers are those of eager mode."""
+    """Forward and backward give the same numbers as eager mode."""
     weight, bias = _leaves(trained, "bias" in options)
     options = {**options, "shift": 1, "backend": "cpu", "bias": bias}
     counter = CompileCounterWithBackend("aot_eager")

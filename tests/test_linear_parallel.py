@@ -1,4 +1,4 @@
-"""The vocabulary-parallel head on 1 to 4 processes: the same numbers as one, and the same bits on every rank."""
+"""The vocabulary-parallel head on 1 to 4 processes: the same numbers as on one, and the same bits on every rank."""
 
 import subprocess
 import sys

@@ -29,7 +29,7 @@ def _problem(target, dtype=torch.float32):
 
 
 def _run(problem, needs, dtype, device="cpu", upstream=OUTPUTS, **options):
-    """The statistics, and the gradients of what needs one from those outputs that are named ``upstream``."""
+    """The statistics, and the gradients of the inputs that need one, from the outputs named in ``upstream``."""
     *tensors, labels = problem
     leaves = [t.to(device, dtype).clone().requires_grad_(bool(n)) for t, n in zip(tensors, needs, strict=True)]
     hidden, weight, bias = leaves
@@ -48,7 +48,7 @@ def _rms(error):
 
 
 def _check(target, dtype, needs, problem=None, upstream=OUTPUTS, peer_dtype=None, **options):
-    """No worse than same-dtype PyTorch: over a tensor, since sums of the same terms in other orders have other errors."""
+    """Errors over a tensor are at most those of same-dtype PyTorch; single entries differ with the order of sums."""
     problem = problem or _problem(target, dtype)
     wide = {name: value for name, value in options.items() if name not in ("logits_dtype", "save_budget")}
     truth, true_grads = _run(problem, needs, torch.float64, upstream=upstream, backend="torch", **wide)
@@ -94,7 +94,7 @@ def test_lse_is_target_minus_logp(kernels, needs):
 @gradient_cases
 @pytest.mark.parametrize("tile_bytes", [2048, 10**7])
 def test_columns_of_minus_infinity_and_likely_labels(kernels, monkeypatch, tile_bytes, needs):
-    """Whole slices without probability have no entropy and no gradient, never 0 * inf."""
+    """Whole slices without probability add no entropy and no gradient, and never 0 * inf."""
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(tile_bytes))
     hidden, weight, bias, labels = _problem(kernels)
     bias[:70], bias[-5:] = -math.inf, -math.inf
@@ -143,7 +143,7 @@ def test_log_probs_are_those_of_linear_token_logps(kernels):
     [((0, 0, 0), False, 1), ((1, 0, 0), False, 2), ((1, 0, 0), True, 3), ((1, 1, 0), False, 4), ((1, 1, 0), True, 4)],
 )
 def test_gemms(needs, entropy_gradient, gemms):
-    """lse costs none; an entropy with a gradient costs one where the head is frozen."""
+    """lse costs no GEMM; an entropy with a gradient costs one if the head is frozen."""
     torch.manual_seed(0)
     hidden, weight = (torch.randn(n, D, requires_grad=bool(need)) for n, need in zip((8, 100), needs, strict=False))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -1,4 +1,4 @@
-"""What a call of the linear family costs: GEMMs, slices of the vocabulary, and waits of the host for the device."""
+"""The cost of a call of the linear functions: GEMMs, slices of the vocabulary, and waits of the host for the device."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ GPU = torch.device("cuda")
 
 @contextmanager
 def counted():
-    """How often each operator of PyTorch and each row kernel runs inside."""
+    """Count how often each PyTorch operator and each row kernel runs inside this context."""
     counts = Counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield counts
@@ -27,7 +27,7 @@ def counted():
 
 @contextmanager
 def recorded_tiles(monkeypatch):
-    """The shape, strides and columns of every tile that the row kernels read inside."""
+    """Record the shape, strides and columns of every tile that the row kernels read inside this context."""
     tiles = []
     with monkeypatch.context() as patch:
         for name in ("token_logps_fwd", "token_logps_bwd"):
@@ -58,7 +58,7 @@ def _step(M, V, D=8, trained=False, ignored=0, **options):
 
 @pytest.mark.parametrize("V", [1, 63, 1000, 4097, 50257])
 def test_a_vocabulary_that_fits_is_one_slice(monkeypatch, V):
-    """Two GEMMs for a frozen head and four for a trained one, also where V is no multiple of 64."""
+    """A frozen head takes two GEMMs and a trained one four, even if V is not a multiple of 64."""
     M = 8
     monkeypatch.setenv("NCA_KERNELS_TILE_BYTES", str(2 * 4 * M * V))
     for trained, gemms in ((False, 2), (True, 4)):
@@ -78,7 +78,7 @@ def test_splitting_keeps_what_fits_whole():
 @pytest.mark.parametrize("V", [50257, 128256, 128257, 131073, 151936, 201088, 256000, 262144])
 @pytest.mark.parametrize("M", [1, 511, 512, 777, 8192])
 def test_a_frozen_head_gives_up_rows_for_one_slice(M, V, dtype):
-    """On a GPU, while 512 rows of a tile fit; where they do not, the rows stay."""
+    """On a GPU a tile has fewer rows, so that it spans the vocabulary, if at least 512 rows fit; otherwise it keeps its rows."""
     rows, columns = tile_shape(M, V, dtype, GPU, frozen=True)
     fits = (256 << 20) // dtype.itemsize // V
     if fits >= 512:
@@ -117,7 +117,7 @@ def test_one_sync_in_forward_and_backward_together(monkeypatch, options, trained
 
 
 def test_a_captured_forward_and_backward_agree_on_the_rows(monkeypatch):
-    """A graph takes all rows; a backward outside of it must take the same, and the logits kept for them."""
+    """A graph takes all rows, so a backward outside of it must use the same rows and the logits kept for them."""
     wanted = _step(M=12, V=131, trained=True, ignored=4)
     monkeypatch.setattr(linear, "is_captured", lambda _: True)
     with counted() as counts:
@@ -135,7 +135,7 @@ def test_padded_widths():
     "dtype_out" not in torch.ops.aten.mm.overloads(), reason="this PyTorch has no product of 16-bit matrices in float32"
 )
 def test_float16_sums_are_no_float32_products(monkeypatch):
-    """PyTorch refuses a float32 product of float16 where it may sum in float16; ROCm has none at all."""
+    """PyTorch refuses a float32 product of float16 inputs if it may sum in float16, and ROCm has no such product."""
     with FakeTensorMode():
         half, brain = (torch.empty(2, 2, dtype=dtype, device="cuda") for dtype in (torch.float16, torch.bfloat16))
     assert multiplies_wide(half) and multiplies_wide(brain)
@@ -149,7 +149,7 @@ def test_float16_sums_are_no_float32_products(monkeypatch):
 
 
 def test_strides_of_dimensions_of_size_one_do_not_count(monkeypatch):
-    """One row of a batch of odd V keeps its vector stores: ``logits[:, :-1]`` with N = 1."""
+    """``logits[:, :-1]`` with N = 1 and odd V keeps its vector stores."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from nca_kernels.backends.triton import token_logps
 
@@ -188,7 +188,7 @@ def test_the_padding_of_a_tile_is_zero(memory_of_nan):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_memory_held_before_does_not_reach_a_gradient(memory_of_nan, trained, dtype):
-    """On a CPU with AMX a GEMM multiplies the padding of its operands' rows by zeros."""
+    """On a CPU with AMX a GEMM multiplies the padding of its operands' rows by zeros, so NaN there would reach the result."""
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).to(dtype).requires_grad_()
     weight = torch.randn(97, 32).to(dtype).requires_grad_(trained)

@@ -1,4 +1,4 @@
-"""The loop of docs/guide.md: sample, rate, train, and again from the result. The mean score rises from round to round."""
+"""The loop of docs/guide.md: sample, rate, train, and repeat from the result. The mean score rises in every round."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def code(language):
 
 
 def test_three_rounds_of_the_guide(tmp_path, monkeypatch):
-    """Its script and its files as they stand, with a tiny model, a prompt's worth of data and a reward that is easily earned."""
+    """The guide's script and files run, with a tiny model, few prompts and the guide's reward, which is easy to raise."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model("tiny")
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}:"}) + "\n" for i in range(48)))

@@ -1,4 +1,4 @@
-"""Memory as measured: forward allocates O(M), backward one gradient, none in place."""
+"""Measured memory: forward allocates O(M), and backward one gradient, or none in place."""
 
 import resource
 import sys

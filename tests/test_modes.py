@@ -1,6 +1,6 @@
-"""Every run mode against one process in float32 that computes its log-probs from plain logits; of ``make test-long``.
+"""Every run mode against one float32 process that computes log-probs from plain logits. ``make test-long`` runs these tests.
 
-Loss and gradient norm of three steps, and the weights that they change. A table of the largest differences is printed.
+They compare the losses and gradient norms of three steps and the weights after them, and print the largest differences.
 """
 
 import json
@@ -32,7 +32,7 @@ NEEDS = {"qlora": "bitsandbytes", "zero2": "deepspeed", "zero3": "deepspeed"}
 
 
 def start(folder, modes, kind, processes):
-    """The outcome of each mode, by a process group of its own."""
+    """The outcome of each mode, from a separate process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 def worst_change(ours, wanted, start):
-    """The largest difference of a weight, in units of the largest change that its tensor saw."""
+    """The largest difference of a weight, in units of the largest change of its tensor in training."""
     worst = 0.0
     for name, tensor in wanted.items():
         name_of_base = name

@@ -34,7 +34,7 @@ def test_gradients_of_low_precision_are_rounded_once(tables):
 
 
 def test_the_dtype_itself_is_no_place_to_compute(tables):
-    """A log-softmax in bfloat16 is off by thousands of float32 units where the kernels are off by less than two."""
+    """The error of a log-softmax in bfloat16 is thousands of float32 units, and that of the kernels is less than two."""
     for row in tables[0]:
         if row["dtype"] == "bfloat16" and row["logits"] == "x 1":
             assert _errors(row["cpu"])[0] < 2 and _errors(row["PyTorch in the dtype"])[0] > 1000

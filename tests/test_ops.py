@@ -48,7 +48,7 @@ def test_opcheck_group_loss(kernels):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_to_one_graph(target, inplace):
-    """No graph break, the same numbers."""
+    """There is no graph break, and the numbers are the same."""
     logits, labels = _token_arguments(target)
     _, ref_logps, scores = _group_arguments(target)
     ref_logps, scores = ref_logps[:2, :1].contiguous(), scores[:2, :1].contiguous()
@@ -69,7 +69,7 @@ def test_compiles_to_one_graph(target, inplace):
 
 
 def test_compiles_once_for_numbers_and_sizes_that_change(target):
-    """Dynamic shapes, and settings that are variables of the graph (a schedule of beta, say)."""
+    """One graph serves dynamic shapes and settings that change (a schedule of beta, say)."""
 
     scores = torch.tensor([[0.3, 0.9]], device=target.device)
 
@@ -105,7 +105,7 @@ def test_compiles_packed_sequences(target):
 @pytest.mark.skipif(OLD, reason="PyTorch 2.6 drops the assertion from the graph; 2.11 does not")
 @pytest.mark.parametrize("bounds", [[0, 2, 10**9], [1, 6], [0, 2, 5], [0, 4, 2, 6]])
 def test_compiled_segment_bounds_are_checked(bounds):
-    """A compiled graph raises no ValueError that reads a tensor, but it must not read out of bounds either."""
+    """A compiled graph cannot raise a ValueError that depends on a tensor, but it must not read out of bounds either."""
     logits, labels = torch.randn(6, 5), torch.zeros(6, dtype=torch.int64)
     bounds = torch.tensor(bounds)
 
@@ -118,13 +118,13 @@ def test_compiled_segment_bounds_are_checked(bounds):
 
 
 def test_unchecked_segment_bounds_stay_inside():
-    """On a GPU bounds are not looked at; what they point at outside of the row must not be read all the same."""
+    """On a GPU bounds are not checked, but nothing outside of the row may be read."""
     sums = sequence_sums(torch.ones(6), torch.tensor([-(10**12), 2, 10**12]))
     assert sums.tolist() == [2, 4]
 
 
 def test_tracing_below_the_derivative_meets_the_operators(kernels):
-    """Fake tensors and make_fx: eager calls go to the derivative at once, and the operators must show all the same."""
+    """Eager calls go to the autograd function directly, but fake tensors and make_fx must still see the operators."""
     inputs = [x.detach() for x in (*_token_arguments(kernels), *_group_arguments(kernels))]
 
     def gradients(logits, labels, logps, *constants):
@@ -143,7 +143,7 @@ def test_tracing_below_the_derivative_meets_the_operators(kernels):
 
 @pytest.mark.parametrize("mode, backend", [("meta", "torch"), ("fake", "torch"), ("fake", "cpu")])
 def test_shapes_without_numbers(mode, backend):
-    """Meta and fake tensors: nothing looks at values that are not there."""
+    """On meta and fake tensors nothing reads values, which do not exist."""
     with torch.device("meta") if mode == "meta" else FakeTensorMode():
         logits, hidden, weight = (torch.zeros(shape) for shape in ((2, 3, 5), (2, 3, 4), (5, 4)))
         labels, bounds = (torch.zeros(shape, dtype=torch.int64) for shape in ((2, 3), (3,)))
@@ -164,7 +164,7 @@ def test_vmap_maps_the_operators(kernels):
 @pytest.mark.skipif(OLD, reason="PyTorch 2.6 cannot read the bounds inside a transform; 2.11 can")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_function_transforms_are_refused_or_exact(kernels):
-    """torch.func.grad and its kin: a clear error on kernels, exact on ``torch``, packed sequences included."""
+    """torch.func.grad and similar transforms give a clear error on kernels and exact results on ``torch``, also when packed."""
     logits, labels = _token_arguments(kernels, requires_grad=False)
     bounds = torch.tensor([0, 2, 6], device=kernels.device)
 
@@ -182,7 +182,7 @@ def test_function_transforms_are_refused_or_exact(kernels):
 
 
 def test_inplace_backward_is_seen_by_autograd(kernels):
-    """Whoever needs the logits after the gradient has taken their place gets PyTorch's error, not a wrong number."""
+    """An operator that needs the logits after the gradient has overwritten them gets PyTorch's error, not a wrong number."""
     logits, labels = _token_arguments(kernels)
 
     def logps(x):
@@ -198,7 +198,7 @@ def test_inplace_backward_is_seen_by_autograd(kernels):
 
 
 def test_second_derivatives_are_refused(kernels):
-    """A clear error where a kernel has none, never a silent wrong number."""
+    """Without a second derivative a kernel raises a clear error and never returns a wrong number."""
     logits, labels = _token_arguments(kernels)
     logps = nca_kernels.token_logps(logits, labels, backend=kernels.name)
     (grad,) = torch.autograd.grad(logps.sum(), logits, create_graph=True)
@@ -234,7 +234,7 @@ def test_second_derivatives_are_exact_on_torch():
 
 
 def test_bitwise_the_same_from_run_to_run(kernels):
-    """Ten runs, on one to four threads: no atomics, a row belongs to one thread, losses are added in order."""
+    """Ten runs on one to four threads agree: there are no atomics, one thread computes a row, and losses are added in order."""
     torch.manual_seed(3)
     logits = torch.randn(3, 17, 5003, device=kernels.device)
     labels = torch.randint(5003, (3, 17), device=kernels.device)

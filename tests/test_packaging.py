@@ -1,4 +1,4 @@
-"""What the package says of itself: its version, its dependencies, the files that its users and developers look for."""
+"""The metadata of the package: its version, its dependencies, and the files that users and developers look for."""
 
 import ast
 import sys

@@ -1,9 +1,9 @@
-"""Rules that other libraries' own tests check for these functions, with their tolerances, written anew.
+"""The properties that other libraries' tests check for these functions, with their tolerances but with our own test code.
 
-TRL (kernels of log-prob and entropy, DPOTrainer), Liger (cross entropy, its z-loss, fused linear cross entropy), Cut
-Cross-Entropy (forward and backward), quack (cross entropy) and verl (linear cross entropy). Their sizes are a GPU's; here the
-rows are fewer and the vocabularies shorter, the dtypes and tolerances theirs. What they have and these functions have not
-(label smoothing, class weights) is left out.
+The libraries are TRL (kernels of log-prob and entropy, DPOTrainer), Liger (cross entropy, its z-loss, fused linear cross entropy),
+Cut Cross-Entropy (forward and backward), quack (cross entropy) and verl (linear cross entropy). Their sizes suit a GPU; here there
+are fewer rows and smaller vocabularies, with their dtypes and tolerances. Features that these functions do not have (label
+smoothing, class weights) are left out.
 """
 
 import pytest
@@ -54,7 +54,7 @@ def test_trl_log_prob_and_entropy(dtype, weights):
 
 
 def _float32(function, logits, index, temperature, mask):
-    """TRL's kernel runs on a GPU, where the results are float32; on a CPU its and ours have the logits' dtype."""
+    """TRL's kernel runs on a GPU, where results are float32; on a CPU its results and ours have the logits' dtype."""
     return function(logits.float(), index, temperature=temperature, row_mask=mask)
 
 
@@ -91,7 +91,7 @@ def test_trl_compiles_fullgraph():
 
 
 class _OursForTRL:
-    """In the place of TRL's autograd function of its fused head."""
+    """Replaces the autograd function of TRL's fused head."""
 
     @staticmethod
     def apply(hidden, weight, bias, labels, temperature, chunk_size, softcap, logit_scale, outputs):
@@ -108,7 +108,7 @@ class _OursForTRL:
 
 
 def test_trl_dpo_trainer(tmp_path, monkeypatch):
-    """Its losses, its log-probs and its weights after some steps, with our functions in the place of its own."""
+    """Losses, log-probs and weights after some steps stay the same when our functions replace those of TRL."""
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     utils = pytest.importorskip("trl.trainer.utils")
     datasets = pytest.importorskip("datasets")
@@ -170,7 +170,7 @@ def _cross_entropy(logits, target, ignore_index=-100, reduction="mean", **option
 @pytest.mark.parametrize("ignore_index", [None, 2, -123])
 @pytest.mark.parametrize("shape", [(2, 24, 3200), (3, 23, 3201), (9, 7, 41)], ids=str)
 def test_liger_cross_entropy(shape, ignore_index, reduction, dtype, atol, rtol):
-    """Against cross_entropy of the same dtype; the loss is used in a further product."""
+    """Compare with cross_entropy of the same dtype; the loss is used in a further product."""
     B, T, V = shape
     logits, target = torch.randn(B * T, V).to(dtype), torch.randint(V, (B * T,))
     if ignore_index is not None:
@@ -193,7 +193,7 @@ def test_liger_cross_entropy(shape, ignore_index, reduction, dtype, atol, rtol):
 @pytest.mark.parametrize("dtype, atol, rtol", LIGER, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1e-5])
 def test_liger_z_loss(scale, dtype, atol, rtol):
-    """A loss of the squared log-sum-exp beside the cross entropy, which token_stats gives in the same read."""
+    """A loss of the squared log-sum-exp besides the cross entropy; token_stats gives both in one read."""
     logits, target = torch.randn(69, 3200).to(dtype), torch.randint(3200, (69,))
     target[::5] = -100
     count = (target != -100).sum()
@@ -222,7 +222,7 @@ def test_liger_z_loss(scale, dtype, atol, rtol):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(8, 512, 512), (36, 128, 3200)], ids=str)
 def test_liger_fused_linear_cross_entropy(sizes, bias, dtype, atol, rtol):
-    """Weights of torch.rand, as theirs: logits that are large and close together."""
+    """Weights come from torch.rand as in Liger's test, so logits are large and close together."""
     M, D, V = sizes
     tensors = [torch.randn(M, D).to(dtype), torch.rand(V, D).to(dtype), *([torch.rand(V).to(dtype)] if bias else [])]
     target = torch.randint(V, (M,))
@@ -267,7 +267,7 @@ def _cut_plain(hidden, weight, bias, labels, softcap, shift, dtype=None):
 @pytest.mark.parametrize("invalid", [False, True])
 @pytest.mark.parametrize("shape", [(64, 128, 32), (60, 123, 31)], ids=str)
 def test_cut_cross_entropy(shape, invalid, shift, bias, softcap, dtype, tolerance):
-    """Errors against float32 of at most the same-dtype PyTorch's and the tolerance, of losses and of all gradients."""
+    """Errors of losses and gradients against float32 are at most those of same-dtype PyTorch plus the tolerance."""
     hidden, weight, bias, labels = _cut_problem(shape, dtype, bias, invalid)
     T = hidden.shape[1] - shift
 
@@ -342,7 +342,7 @@ def test_quack_shifted_logits_and_edge_targets():
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 0.7])
 @pytest.mark.parametrize("sizes", [(19, 3584, 1521), (21, 896, 1519), (15, 2048, 323), (13, 4096, 1024), (32, 4096, 1024)], ids=str)
 def test_verl_linear_cross_entropy(sizes, temperature):
-    """bfloat16 inputs, uniform in (-0.5, 0.5), against float32 logits of theirs; hidden is [1, M, D]."""
+    """bfloat16 inputs, uniform in (-0.5, 0.5), against float32 logits from the same inputs; hidden is [1, M, D]."""
     M, D, V = sizes
     hidden = torch.empty(1, M, D, dtype=torch.bfloat16).uniform_(-0.5, 0.5).requires_grad_()
     weight = torch.empty(V, D, dtype=torch.bfloat16).uniform_(-0.5, 0.5).requires_grad_()

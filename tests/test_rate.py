@@ -154,7 +154,7 @@ def reward_model(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "llama without a pad token", "gpt2", "bert"])
 def test_a_batch_gives_what_each_sequence_alone_gives(kind):
-    """Also where sequences end in the padding token, and where the model has none."""
+    """This also holds if sequences end in the padding token, and if the model has no padding token."""
     model = reward_model(kind)
     sequences = [[5, 6, 7, 8, 9, 10], [11, 12, 0], [13], [14, 0, 0, 15]]
     if kind == "bert":

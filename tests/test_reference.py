@@ -1,6 +1,6 @@
-"""The reference's K-way losses: against hand-worked numbers, plain loops, finite differences and the optimum it promises.
+"""The reference's K-way losses against hand-computed numbers, plain loops, finite differences and the closed-form optimum.
 
-All in float64 unless a test is about another dtype. Nothing here knows a kernel; the kernels' tests compare with this.
+All tests are in float64 unless they are about another dtype. They use no kernel; the kernels' tests compare with the reference.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def matrix(*rows):
 
 
 def loss_of(name, logps, scores, *, ref_logps=None, beta=1.0, alpha=1.0, **options):
-    """The losses ``[B]`` with a zero reference unless given."""
+    """The losses ``[B]``; reference log-probs are zero unless they are given."""
     ref_logps = torch.zeros_like(logps) if ref_logps is None else ref_logps
     return group_loss(name, logps, ref_logps, scores, beta=beta, alpha=alpha, **options)[0]
 
 
 def grad_of(name, logps, scores, **options):
-    """Their gradient; a NaN anywhere on the way to it is an error."""
+    """The gradient of the losses; a NaN in any step of the backward is an error."""
     logps = logps.clone().requires_grad_()
     with torch.autograd.set_detect_anomaly(True):
         return torch.autograd.grad(loss_of(name, logps, scores, **options).sum(), logps)[0]
@@ -240,7 +240,7 @@ def test_against_plain_loops(name, pairs):
 
 
 def test_ties_of_plackett_luce():
-    """Two at the bottom: the best against all three, each of the two against both. All equal: no preference."""
+    """If the two worst tie, the best competes with all three and each of the two with both. If all tie, there is no preference."""
     r = matrix([math.log(4), 0.0, LN2], [1.0, 2.0, 3.0])
     losses = loss_of("plackett_luce", r, matrix([1.0, 0.0, 0.0], [5.0, 5.0, 5.0]))
     want = (math.log(7 / 4) + math.log(3) + math.log(3 / 2)) / 3
@@ -306,7 +306,7 @@ def test_masked_entries_do_not_matter(name, junk, pairs):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_valid_response(name):
-    """InfoNCA compares and so learns nothing, as the pairwise losses; NCA and KTO look at a response by itself."""
+    """InfoNCA and the pairwise losses compare responses, so they have no gradient; NCA and KTO use each response by itself."""
     mask = torch.tensor([[False, True, False]])
     logps, scores = matrix([NAN, LN2, NAN]), matrix([NAN, 3.0, INF])
     want = {"nca": -math.log(2 / 3) - math.log(1 / 3), "kto": 1 / 3}.get(name, 0.0)
@@ -323,7 +323,7 @@ def test_extreme_rewards_stay_finite_in_float32(name):
 
 
 def test_impossible_rejected_response():
-    """Its margin is infinite: nothing left to learn, and no inf - inf where it meets itself."""
+    """The margin is infinite, so the gradient is zero, and comparing the response with itself must not give inf - inf."""
     logps, scores = matrix([0.0, -INF]), matrix([1.0, 0.0])
     assert loss_of("dpo", logps, scores).item() == grad_of("dpo", logps, scores).count_nonzero() == 0
 
@@ -334,7 +334,7 @@ TABLE = matrix([1.0, 0.3, -0.4, -1.0], [0.0, 0.0, 0.9, 0.1], [-0.5, -0.6, -0.7, 
 
 
 def optimum(name, scores, alpha):
-    """The rewards that descent along the gradient finds when every response's is free: a tabular policy."""
+    """The rewards that gradient descent finds if every response's reward is free, as in a tabular policy."""
     r = torch.zeros_like(scores, requires_grad=True)
     # No line search: it compares loss values, which are flat within 1e-8 of the optimum in float64. Gradients are not.
     optimizer = torch.optim.LBFGS([r], max_iter=200, tolerance_grad=1e-14, tolerance_change=0)

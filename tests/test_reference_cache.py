@@ -1,4 +1,4 @@
-"""Reference log-probs: one pass into a file, keyed by what they depend on, safe against a killed run."""
+"""The cache of reference log-probs: one pass into a file, whose name depends on all inputs, and which survives a killed run."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ class _Forwards(TrainerCallback):
 
 
 def test_computed_once(tmp_path):
-    """The log-probs are the model's own; a second run reads them instead of computing them, and trains the same bits."""
+    """The log-probs are the model's own. A second run reads them instead of computing them, and trains to the same bits."""
     rows = make_rows(9)
     runs, forwards = [], []
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_computed_once(tmp_path):
 
 
 def test_files_of_a_run(tmp_path, monkeypatch):
-    """One for each data set, all in the folder that the config or the environment names; none where rows bring their own."""
+    """There is one file per data set in the folder that config or environment names; none if the rows have log-probs."""
     rows = make_rows(4)
     NCATrainer(tiny("llama"), config(tmp_path / "a"), rows, {"x": rows[:2], "y": rows[2:]})
     assert len(files(tmp_path / "a")) == 3
@@ -85,7 +85,7 @@ def test_files_of_a_run(tmp_path, monkeypatch):
 
 
 def test_keys():
-    """Another model, other weights, other tokens or another precision are other files; other scores are not."""
+    """Another model, other weights, other tokens or another precision give another file; other scores do not."""
     rows = Dataset.from_list(make_rows(5))
     plain = weights_digest(tiny("llama"), base=False)
     key = cache_key(plain, rows, "no")
@@ -114,14 +114,14 @@ def test_the_base_under_peft_is_the_model(tmp_path):
 
 
 def adapted(**options):
-    """A model with an adapter that does something."""
+    """A model with an adapter that changes its output."""
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
     return get_peft_model(tiny("llama"), lora).eval()
 
 
 def test_an_adapter_of_a_reference_is_part_of_it():
-    """Its weights, and what scales them; the same in every process, whatever the order of a set."""
+    """The hash depends on the adapter's weights and scale, and is the same in every process, whatever the order of a set."""
     other = adapted()
     next(p for name, p in other.named_parameters() if "lora_B" in name).data[0, 0] += 1e-6
     models = (tiny("llama"), adapted(), other, adapted(lora_alpha=1))
@@ -160,7 +160,7 @@ def fake_logps(rows):
 
 
 def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
-    """Killed in its third part by the system, which leaves no time to tidy up: two parts are kept, the rest is computed."""
+    """After SIGKILL in the third part, which leaves no time to clean up, two parts are read and the rest is computed."""
     monkeypatch.setattr(module, "PART", 4)
     rows = Dataset.from_list(make_rows(14))
     file = tmp_path / "_reference_cache" / "key.safetensors"
@@ -187,7 +187,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
 
 
 def test_killed_while_writing(tmp_path, monkeypatch):
-    """What is half written has another name, and is never read."""
+    """A half-written file has a temporary name and is never read."""
     rows = Dataset.from_list(make_rows(3))
     file = tmp_path / "_reference_cache" / "key.safetensors"
     replace = os.replace
@@ -217,7 +217,7 @@ def test_a_file_of_something_else(tmp_path):
 
 @pytest.mark.parametrize("loss", ["nca", "kto"])
 def test_at_every_step(loss, tmp_path):
-    """A frozen copy gives what the cache holds, and no file; dropout touches neither."""
+    """A frozen copy gives the log-probs of the cache and writes no file; dropout affects neither."""
     rows = make_rows(8)
     model = {"attention_dropout": 0.5}
     cached = trained(tmp_path / "a", rows, tiny("llama", **model).train(), loss=loss)
@@ -247,7 +247,7 @@ def test_a_reference_of_its_own(reference, tmp_path):
 
 @pytest.mark.parametrize("reference", ["precompute", "model"])
 def test_a_reference_with_an_adapter(reference, tmp_path):
-    """The adapter is part of it, unlike that of the policy."""
+    """The adapter of a reference model is part of the reference, unlike that of the policy."""
     rows = make_rows(4)
     wanted = with_ref_logps(rows, adapted())
     log = trained(tmp_path, rows, peft_config=LORA, ref_model=adapted(), reference=reference).state.log_history[0]
@@ -257,7 +257,7 @@ def test_a_reference_with_an_adapter(reference, tmp_path):
 
 
 def test_a_reference_of_its_own_is_not_replaced_by_the_policy(tmp_path):
-    """Its log-probs are kept, and not the model."""
+    """The log-probs of a separate reference model are kept, and the model is released."""
     rows = make_rows(4)
     for keywords in ({}, {"peft_config": LORA}):
         trainer = NCATrainer(tiny("llama"), config(tmp_path), rows, rows, ref_model=adapted(), **keywords)
@@ -271,7 +271,7 @@ def test_a_reference_of_its_own_is_not_replaced_by_the_policy(tmp_path):
 
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_2", "olora"])
 def test_the_reference_of_a_rewritten_base_is_the_policy_at_its_start(how, tmp_path):
-    """These take out of the base what they put into the adapter: the base alone is another model."""
+    """These adapters subtract from the base what they put into the adapter, so the base alone is another model."""
     rows = make_rows(4)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=how)
     start = with_ref_logps(rows, tiny("llama"))
@@ -291,7 +291,7 @@ def test_what_is_no_reference_is_refused(tmp_path):
 
 
 def test_a_policy_that_cannot_be_served_is_refused_before_the_pass(tmp_path):
-    """LoRA on the head, which the reference does without."""
+    """LoRA on the head is refused in the policy, although the reference does not use it."""
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="If that is LoRA on the head, leave it out"):
         NCATrainer(tiny("llama"), config(tmp_path), make_rows(4), peft_config=lora)

@@ -1,4 +1,4 @@
-"""The reference's log-probs: against hand-worked numbers, PyTorch's own functions and finite differences."""
+"""The reference's log-probs against hand-computed numbers, PyTorch's own functions and finite differences."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The paper's experiments in small: worlds, runs that are kept and done once, the search, intervals and answers."""
+"""The paper's experiments at a small size: worlds, runs that are stored and done once, the search, intervals and answers."""
 
 import json
 import random
@@ -35,7 +35,7 @@ SMALL = Size(hidden_size=16, taught=20 * 64, rewarded=60, probed=20, validated=1
 
 @pytest.fixture(autouse=True, scope="module")
 def without_interpreter():
-    """As a user runs it."""
+    """Run as a user does, without Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
@@ -51,7 +51,7 @@ def exact_world(without_interpreter):
 
 @pytest.mark.parametrize("name", ["noise_0.2", "noise_0.4", "noise_0.8", "noise_by_rank", "noise_heavy"])
 def test_noise_changes_the_scores_alone(name, exact_world):
-    """A prompt that the exact scores leave out may be kept with noise; those of both have the same responses."""
+    """Noise may keep a prompt that exact scores leave out; prompts in both worlds have the same responses."""
     noisy = make_world(WORLDS[name], 3, SMALL)
     assert noisy.reference is exact_world.reference and torch.equal(noisy.test, exact_world.test)
     exact = {row.tobytes(): scores for row, scores in zip(exact_world.train.tokens.numpy(), exact_world.train.scores, strict=True)}
@@ -139,7 +139,7 @@ def records(folder):
 
 @pytest.fixture(scope="module")
 def quick(without_interpreter, tmp_path_factory):
-    """The folder of a quick reproduction of one question whose first program was killed, and the records that it had left."""
+    """The folder of a quick reproduction of one question whose first process was killed, and the records that it left."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     arguments = ["reproduce", "table3", "--quick", "--workers", "1", "--out", str(out)]
     begun = subprocess.Popen([sys.executable, "-m", "nca_kernels", *arguments], stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -213,7 +213,7 @@ def test_draws_fill_their_ranges():
 
 @pytest.fixture(scope="module")
 def invented(tmp_path_factory):
-    """The outcomes of all questions, of invented runs, and their folder."""
+    """The outcomes of all questions from invented runs, and their folder."""
     folder = tmp_path_factory.mktemp("invented")
 
     def execute(settings):

@@ -1,4 +1,4 @@
-"""What a killed run leaves, and what resuming takes, passes over and refuses; losses and weights that are not finite."""
+"""What a killed run leaves; which checkpoints resuming uses, skips and refuses; losses and weights that are not finite."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_another_runs_checkpoint_is_refused_by_what_differs(tmp_path, scored):
 
 
 def test_the_newest_of_this_very_run(tmp_path, scored, capsys):
-    """A newer one of another run in the same folder is not taken."""
+    """A newer checkpoint of another run in the same folder is not used."""
     ours = run(tmp_path / "ours", rows=scored)
     run(tmp_path / "other", rows=scored, beta=0.5)
     (tmp_path / "other" / "checkpoint-3").rename(tmp_path / "ours" / "checkpoint-9")
@@ -98,7 +98,7 @@ def test_the_newest_of_this_very_run(tmp_path, scored, capsys):
 
 
 def test_nothing_to_resume(tmp_path, scored, capsys):
-    """A run that was killed before its first checkpoint starts anew; a folder where there was none is refused."""
+    """A run that was killed before its first checkpoint starts at step 0; a folder without any run is refused."""
     with pytest.raises(ValueError, match="resume_from_checkpoint: got true, and .* has no checkpoint"):
         run(tmp_path, True, scored)
     run(tmp_path, rows=scored, save_strategy="no")
@@ -127,7 +127,7 @@ def test_the_settings_lie_beside_every_checkpoint(tmp_path, scored):
 
 
 class _Poison(TrainerCallback):
-    """NaN in a weight, after a step."""
+    """Writes NaN into a weight after a step."""
 
     def __init__(self, step):
         self.step = step
@@ -139,7 +139,7 @@ class _Poison(TrainerCallback):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, scored):
-    """With the last good checkpoint; nothing that holds NaN is saved."""
+    """The error names the last good checkpoint, and no weights with NaN are saved."""
     options = {"rows": scored, "per_device_train_batch_size": 1, "num_train_epochs": 2, "max_bad_losses": 3}
     with pytest.raises(FloatingPointError, match="loss: not finite in the last 3 micro-batches, up to step 7; .* no checkpoint"):
         run(tmp_path / "a", callbacks=[_Poison(4)], save_steps=100, **options)

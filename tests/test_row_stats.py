@@ -1,4 +1,4 @@
-"""What the kernels write for token statistics: the fourth row of ``stats``, and gradients of lse and entropy, against float64."""
+"""The kernels' output for token statistics against float64: the fourth row of ``stats``, and gradients of lse and entropy."""
 
 import math
 from types import SimpleNamespace
@@ -144,7 +144,7 @@ def test_nan_and_infinity_stay_in_their_row(kernels, value):
 
 
 def test_ignored_rows(kernels):
-    """Statistics (0, 1, 0, 0) and zero gradients, whatever the logits and the upstream gradients hold."""
+    """Ignored rows have the statistics (0, 1, 0, 0) and zero gradients, whatever the logits and upstream gradients are."""
     logits = torch.full((1, 2, 33), math.nan)
     ours = _ours(kernels, logits, torch.full((1, 2), -100), torch.full((3, 1, 2), math.inf))
     assert ours.stats[:, 0, 0].tolist() == ours.stats[:, 0, 1].tolist() == [0.0, 1.0, 0.0, 0.0]
@@ -176,7 +176,7 @@ def test_three_rows_are_the_first_three_of_four(kernels):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_any_alignment(kernels, dtype):
-    """Rows that start anywhere in a 16-byte word, read where they are and overwritten in place."""
+    """Rows may start anywhere in a 16-byte word; they are read without a copy and overwritten in place."""
     store = _case(703, dtype)[0].to(kernels.device)
     labels = torch.randint(700, (2, 3))
     upstream = torch.randn(3, 2, 3)
@@ -211,7 +211,7 @@ def test_a_gradient_of_the_lse_needs_no_fourth_row(kernels):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("offset", [-60.0, 0.0, 60.0])
 def test_the_maximum_is_a_rows_own(kernels, dtype, offset):
-    """Exactly, for it tells whether the label is the best column; the bits of negative numbers fall where the numbers grow."""
+    """The maximum is exact, because it decides whether the label is top-1; the bits of negative numbers fall as they grow."""
     torch.manual_seed(12)
     logits = (20 * torch.rand(2, 4, 2100) + offset - 30 * (offset < 0)).to(dtype).to(kernels.device)
     stats, logps = torch.empty(3, 2, 4, device=kernels.device), torch.empty(2, 4, device=kernels.device)

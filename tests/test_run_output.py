@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: curves, a line a log, a model card."""
+"""The readable output of a run: curves, a line per log, and a model card."""
 
 import json
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from nca_kernels.integrations.training.console import ConsoleCallback, log_line
 
 
 def history(K=12, evaluated=True):
-    """The log of a run of three logs, of all that Trainer and the metrics write."""
+    """A log history with three logs, with all that Trainer and the metrics write."""
     logs = []
     for step in (10, 20, 30):
         ranks = {f"rewards/rank_{k}": 1.0 / k + step for k in range(1, K + 1)}
@@ -123,7 +123,7 @@ def test_every_metric_is_in_the_file(tmp_path, capsys):
 
 @pytest.fixture
 def sampled_run(tmp_path, default_dispatch):
-    """A trainer of a tiny model with its tokenizer, on rows of text."""
+    """A trainer for a tiny model with a tokenizer, on rows of text."""
     save_tiny_model(str(tmp_path / "model"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{i}:", "responses": ["a", "bc"], "scores": [1.0, 0.0]} for i in range(4)]

@@ -77,7 +77,7 @@ def test_a_seed_gives_the_same_text_at_any_batch_size(model, data, tmp_path):
 
 
 def test_samples_have_the_models_probabilities(model):
-    """The share of each first token is its probability, also where top_p leaves some out."""
+    """The share of each first token is its probability, also if top_p excludes some tokens."""
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     with torch.no_grad():
         network.lm_head.weight.mul_(0).add_(0)

@@ -1,4 +1,4 @@
-"""``nca-kernels score``: its input survives a full disk; data, lengths and models as in training."""
+"""``nca-kernels score``: its input survives a full disk, and it takes data, lengths and models as training does."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_parquet_and_a_folder_with_its_split():
 
 
 def test_lengths_and_models_as_in_training(capsys):
-    """`run.yaml` beside the model says both, the command line wins over it."""
+    """The `run.yaml` saved with the model gives both, and the command line overrides it."""
     rows = load_groups("data.jsonl").rows
     with open("model/run.yaml", "w") as file:
         yaml.safe_dump({"max_length": 12, "model_init_kwargs": {"dtype": "bfloat16"}}, file)
@@ -85,7 +85,7 @@ def test_lengths_and_models_as_in_training(capsys):
 
 
 def test_an_adapter_of_a_base_in_4_bits():
-    """As `train` leaves it, with the quantisation in its `run.yaml`: the log-probs of the model's own logits."""
+    """An adapter that `train` saved, with the quantisation in `run.yaml`, gives the log-probs of the model's own logits."""
     pytest.importorskip("bitsandbytes")
     save_tiny_model("model", hidden_size=64, intermediate_size=128, num_key_value_heads=2)  # bitsandbytes wants multiples of 32
     base = AutoModelForCausalLM.from_pretrained("model", quantization_config=BitsAndBytesConfig(**NF4))

@@ -18,7 +18,7 @@ VOCABS = [1, 2, 31, 33, 1000, 4097, 32000, 50257, 128256, 151936, 262144]
 
 
 def _rows(V, interpreted):
-    """Few rows where they are long, and fewer still in the interpreter."""
+    """Few rows if they are long, and even fewer in the interpreter."""
     return 2 if V > 4096 or interpreted else 7
 
 
@@ -62,7 +62,7 @@ def test_scale_and_softcap(target, dtype, scale, softcap):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_large_logits(target, dtype):
-    """Rows scaled by 1e4: a log-sum-exp in float32 would be off by 1e-3, maximum and sum kept apart are not."""
+    """With rows scaled by 1e4, a float32 log-sum-exp is off by 1e-3, but a separate maximum and sum are exact."""
     torch.manual_seed(1)
     logits = (1e4 * torch.randn(2, 3, 999).clamp(-6, 6)).to(dtype)
     _check(target, logits, logits.argmax(-1), dtype)
@@ -70,7 +70,7 @@ def test_large_logits(target, dtype):
 
 
 def test_close_calls_at_large_logits(target):
-    """The two top logits at 1e4 lie close together, so that the probabilities hang on the last bits."""
+    """The two top logits are close together at 1e4, so that the probabilities depend on the last bits."""
     logits = torch.full((1, 4, 130), -1e4)
     logits[0, :, 64] = 1e4
     logits[0, :, 7] = 1e4 + torch.tensor([0.0, 0.5, 1.0, -2.0])
@@ -79,7 +79,7 @@ def test_close_calls_at_large_logits(target):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_near_the_largest_numbers(target, dtype):
-    """As masks have them: products with log2(e) overflow there, differences do not."""
+    """Masks use such logits: their products with log2(e) overflow, and their differences do not."""
     least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
     logits = torch.full((1, 6, 3000), least, dtype=dtype)
     logits[0, 1, 5] = 3.0
@@ -93,14 +93,14 @@ def test_logits_near_the_largest_numbers(target, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("offset", [-60.0, 0.0, 60.0])
 def test_all_of_one_sign(target, dtype, offset):
-    """The maximum of 16-bit numbers may be looked for among their bits, which fall where negative numbers grow."""
+    """A kernel may compare 16-bit numbers by their bits, which fall as negative numbers grow."""
     torch.manual_seed(11)
     logits = (torch.rand(2, 3, 2100) * torch.tensor([1.0, 20.0])[:, None, None] + offset - 20 * (offset < 0)).to(dtype)
     _check(target, logits, logits.argmax(-1), dtype, scale=0.7)
 
 
 def test_equal_logits(target):
-    """A row of equal logits: every probability is 1 / V exactly."""
+    """In a row of equal logits every probability is exactly 1 / V."""
     logits = torch.full((1, 2, 4096), 3.25, device=target.device, requires_grad=True)
     labels = torch.tensor([[5, 4095]], device=target.device)
     logps = nca_kernels.token_logps(logits, labels, backend=target.name)
@@ -108,7 +108,7 @@ def test_equal_logits(target):
 
 
 def test_confident_label_in_bfloat16(target):
-    """Near p = 1 the gradient p - 1 is formed before rounding: rounding p first is 20% off at p = 0.99 in bfloat16."""
+    """Near p = 1 the gradient p - 1 is computed before rounding: in bfloat16, rounding p first is 20% off at p = 0.99."""
     logits = torch.zeros(1, 1, 2, dtype=torch.bfloat16)
     logits[0, 0, 1] = 4.59375
     logits = logits.to(target.device).requires_grad_()
@@ -130,7 +130,7 @@ def test_minus_infinity_is_legal(target, dtype):
 
 
 def test_minus_infinity_in_a_whole_leading_block(target):
-    """Nothing finite in the first thousands of columns: the running maximum is -inf there, and no NaN may come of it."""
+    """The first thousands of columns are not finite: the running maximum is -inf there and must not give NaN."""
     logits = torch.full((1, 2, 20000), -math.inf)
     logits[..., -3:] = torch.tensor([1.0, 2.0, 3.0])
     _check(target, logits, torch.tensor([[19999, 19997]]), torch.float32)
@@ -155,7 +155,7 @@ def test_nan_stays_in_its_row(target):
 
 
 def test_ignored_rows_are_not_read(target):
-    """Their logits may be anything: log-prob 0 and gradient 0 all the same."""
+    """Whatever the logits of ignored rows are, log-prob and gradient are 0."""
     logits = torch.randn(2, 4, 64, device=target.device)
     logits[0, 1:], logits[1, :2] = math.nan, math.inf
     labels = torch.full((2, 4), -100, device=target.device)
@@ -177,7 +177,7 @@ def test_ignore_index_is_free(target):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_any_row_stride(target, dtype):
-    """Slices of larger tensors, odd strides and odd offsets, as they come from ``logits[:, :-1]`` and the like."""
+    """Slices of larger tensors with odd strides and odd offsets, as ``logits[:, :-1]`` and similar views have them."""
     torch.manual_seed(4)
     V = 515
     store = torch.randn(4, 4, V + 2).to(dtype).to(target.device)
@@ -197,7 +197,7 @@ def test_any_row_stride(target, dtype):
 
 
 def test_odd_label_offsets(target):
-    """int64 labels that are not 16-byte aligned: some compilers load them wrongly."""
+    """int64 labels may not be 16-byte aligned, and some compilers load such labels wrongly."""
     store = torch.randint(50, (41,), device=target.device)
     logits = torch.randn(4, 10, 50, device=target.device)
     wanted = nca_kernels.token_logps(logits, store[1:].clone().view(4, 10), backend="torch")
@@ -248,7 +248,7 @@ def test_sequence_logps(target):
 
 @pytest.mark.parametrize("bounds_dtype", [torch.int32, torch.int64])
 def test_packed_sequences_equal_separate_ones(target, bounds_dtype):
-    """Packed in one row, an empty sequence among them; ``shift`` must not cross a boundary."""
+    """Sequences, one of them empty, are packed in one row; ``shift`` must not cross a boundary."""
     torch.manual_seed(7)
     lengths = [4, 0, 1, 7]
     bounds = torch.tensor([0, 4, 4, 5, 12], dtype=bounds_dtype, device=target.device)
@@ -271,7 +271,7 @@ def test_packed_sequences_equal_separate_ones(target, bounds_dtype):
 
 
 def test_packed_sums_of_many_tokens_keep_their_digits():
-    """Added one after the other in float32, 8192 tokens are ten and more ulp off."""
+    """Adding 8192 tokens in order in float32 is off by ten ulp or more."""
     torch.manual_seed(10)
     logps = -12 * torch.rand(3 * 8192)
     bounds = torch.tensor([0, 8192, 3 * 8192])

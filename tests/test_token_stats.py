@@ -12,7 +12,7 @@ OUTPUTS = ("logps", "entropy", "lse")
 
 
 def plain(logits, labels, *, compute, ignore_index=-100, scale=1.0, softcap=None):
-    """Log-probs, entropy and log-sum-exp, the ordinary way."""
+    """Log-probs, entropy and log-sum-exp in the usual PyTorch code."""
     z = transformed(logits.to(compute), scale, softcap)
     log_p = z.log_softmax(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
@@ -22,7 +22,7 @@ def plain(logits, labels, *, compute, ignore_index=-100, scale=1.0, softcap=None
 
 
 def values_and_gradients(function, logits, upstream):
-    """The three values, and the gradient of the product with ``upstream`` of each, and of all three."""
+    """The three values, and the gradients of each value's product with ``upstream`` and of their sum."""
     leaf = logits.detach().clone().requires_grad_()
     values = function(leaf)
     terms = [(value * g.to(value)).sum() for value, g in zip(values, upstream, strict=True)]
@@ -78,7 +78,7 @@ def test_large_logits(target, dtype):
 
 
 def test_a_certain_row_and_a_uniform_one(target):
-    """The entropy of a certain row keeps its digits; that of equal logits is log V."""
+    """The entropy of an almost certain row keeps its digits, which lse - sum p z would lose; that of equal logits is log V."""
     logits = torch.zeros(1, 2, 64, device=target.device)
     logits[0, 0, 5] = 20.0
     labels = torch.tensor([[5, 63]], device=target.device)

@@ -1,4 +1,4 @@
-"""Mistakes that only a run of ``nca-kernels train`` finds: each ends in one line that names what was at fault."""
+"""Mistakes that only a run of ``nca-kernels train`` finds: each gives one line that names the cause."""
 
 import json
 import shutil

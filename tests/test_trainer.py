@@ -1,4 +1,4 @@
-"""NCATrainer in one process: its steps against loops written by hand, its scaling, its rows, what it saves."""
+"""NCATrainer in one process: its steps against plain loops, the scaling of its loss, its rows, and what it saves."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def _users_dispatch(default_dispatch):
 
 
 def by_hand(rows, steps, *, loss="nca", batch=4, lr=0.2, average=False, **options):
-    """The losses and weights of plain SGD on full logits, prompt by prompt, in float64; the reference is the model at first."""
+    """The losses and weights of plain SGD on full logits, one prompt at a time, in float64; the reference is the initial model."""
     policy, start = tiny("llama").double(), tiny("llama").double()
     losses = []
     for step in range(steps):
@@ -69,7 +69,7 @@ def by_hand(rows, steps, *, loss="nca", batch=4, lr=0.2, average=False, **option
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_steps(loss, average, tmp_path):
-    """Ragged K and a last batch of two prompts, against float64 by hand."""
+    """With ragged K and a last batch of two prompts, steps match the plain loop in float64."""
     rows = make_rows(10)
     losses, wanted = by_hand(rows, 3, loss=loss, average=average)
     trainer = trained(tmp_path, rows, loss=loss, average=average)
@@ -88,7 +88,7 @@ def test_steps_with_terms_of_every_loss(loss, options, average, tmp_path):
 
 
 def test_logits_of_a_low_precision_model_in_float32(tmp_path):
-    """Of policy and reference: their log-probs come closer to those of logits in float64, and are not taken from one cache."""
+    """Log-probs of policy and reference come closer to those of float64 logits, and have another cache than without."""
     model, rows, errors = tiny("llama").bfloat16(), make_rows(4), []
     by_id = [row["prompt_ids"] + row["response_ids"][0] for row in rows]
     for logits_dtype in (None, "float32"):
@@ -137,7 +137,7 @@ def test_share_prompt_is_checked_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_learns(loss, tmp_path):
-    """The order of the rewards becomes that of the scores, by each loss."""
+    """With each loss, the order of the rewards becomes that of the scores."""
     rows = make_rows(6)
     options = {
         "num_train_epochs": 10,
@@ -154,7 +154,7 @@ def test_it_learns(loss, tmp_path):
 
 
 def test_metrics_at_the_first_step(tmp_path):
-    """Policy and reference are one model."""
+    """At the first step policy and reference are the same model."""
     log = trained(tmp_path, make_rows(4)).state.log_history[0]
     for name in ("rewards/rank_1", "rewards/rank_2", "rewards/margin", "logps/best_change", "kl"):
         assert log[name] == 0
@@ -164,7 +164,7 @@ def test_metrics_at_the_first_step(tmp_path):
 
 @pytest.mark.parametrize("form", ["torch", "numpy"])
 def test_rows_formatted_for_tensors(form, tmp_path):
-    """Prompts and responses of one length, which tensors would add up."""
+    """Prompts and responses have equal lengths, so that ``+`` on tensors would add them instead of concatenating."""
     rows = [{"prompt_ids": [3, 4 + i], "response_ids": [[5, 6 + i], [7, 8]], "scores": [1.0, 0.0]} for i in range(4)]
     plain = trained(tmp_path, rows)
     formatted = trained(tmp_path, Dataset.from_list(rows).with_format(form))
@@ -178,7 +178,7 @@ def test_columns_that_are_not_used_may_be_of_any_kind(tmp_path):
 
 
 def test_what_a_run_would_lose_in_silence(tmp_path, caplog):
-    """Small steps of low precision, and the loss that balances experts; not where there is nothing to lose."""
+    """Small steps of low-precision weights and the load-balancing loss of experts give a warning; other runs give none."""
     scored = with_ref_logps(make_rows(4), tiny("llama"))
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     for model, keywords in (
@@ -196,7 +196,7 @@ def test_what_a_run_would_lose_in_silence(tmp_path, caplog):
 
 @pytest.mark.parametrize("K", [2, 3])
 def test_num_responses(K, tmp_path):
-    """A best one and one below it are kept, the others at random, by the seed."""
+    """A best response and one scored below it are kept, and the seed draws the others."""
     rows = make_rows(30)
     for row in rows[::2]:  # many best ones, so that one below them is no matter of course
         row["scores"] = [0.0, *[1.0] * (len(row["scores"]) - 1)]
@@ -218,7 +218,7 @@ def test_num_responses(K, tmp_path):
 
 
 def test_text_and_a_model_by_its_folder(tmp_path):
-    """Rows of text are tokenized here; what is saved loads again and gives the same log-probs."""
+    """The trainer tokenizes rows of text, and the saved model loads again and gives the same log-probs."""
     words = tokenizer()
     model = tiny("llama", vocab_size=len(words))
     model.save_pretrained(tmp_path / "model")

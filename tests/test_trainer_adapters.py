@@ -1,4 +1,4 @@
-"""Adapters that were saved before: merged, or trained on; the reference is the policy at its start."""
+"""Adapters that were saved earlier are merged or trained further; the reference is the initial policy."""
 
 import copy
 
@@ -27,7 +27,7 @@ def lora(**options):
 
 @pytest.fixture(scope="module", params=["lora", "dora", "trained head"])
 def saved(request, tmp_path_factory):
-    """A saved adapter that changes its base, and the whole model that it makes of it."""
+    """A saved adapter that changes its base, and the model with the adapter merged."""
     base, folder = str(tmp_path_factory.mktemp("base")), str(tmp_path_factory.mktemp("adapter"))
     tiny("llama").save_pretrained(base)
     options = {"lora": {}, "dora": {"use_dora": True}, "trained head": {"modules_to_save": ["lm_head"]}}[request.param]
@@ -42,7 +42,7 @@ def saved(request, tmp_path_factory):
 
 
 def zero_reward(trainer):
-    """At the first step the rewards are 0 and the loss is that of zero rewards."""
+    """Check that at the first step the rewards are 0 and the loss is that of zero rewards."""
     first = trainer.state.log_history[0]
     assert first["loss"] == pytest.approx(1.386294, abs=2e-5)
     assert first["kl"] == pytest.approx(0, abs=2e-5)
@@ -76,7 +76,7 @@ def test_a_saved_adapter_goes_on_being_trained(saved, reference, tmp_path, capsy
 
 @pytest.mark.parametrize("reference", ["precompute", "model"])
 def test_prefix_tuning(reference, tmp_path):
-    """Its base has no layers of PEFT; the reference is the policy with the prefix that it starts with."""
+    """The base has no PEFT layers; the reference is the policy with its initial prefix."""
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     zero_reward(trained(tmp_path, make_rows(8), peft_config=prefix, reference=reference))
 

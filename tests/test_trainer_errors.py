@@ -1,4 +1,4 @@
-"""What NCATrainer refuses: settings, rows, models and modes, each by its name."""
+"""What NCATrainer refuses: settings, rows, models and modes; each error names them."""
 
 import math
 from types import SimpleNamespace
@@ -138,7 +138,7 @@ def test_several_gpus_without_a_launcher(tmp_path, monkeypatch):
 
 
 def test_modes_that_split_sequences_or_layers_are_refused_by_name(tmp_path, monkeypatch):
-    """Their log-probs would be sums of parts."""
+    """Each rank would sum only a part of a log-prob."""
     for settings, message in (
         ({"cp_size": 2}, "parallelism_config: got cp_size 2 .context parallelism."),
         ({"sp_size": 2}, "parallelism_config: got sp_size 2 .sequence parallelism."),

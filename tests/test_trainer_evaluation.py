@@ -1,4 +1,4 @@
-"""What NCATrainer's evaluate and predict say of rows, against plain log-probs in float64."""
+"""The metrics of NCATrainer's evaluate and predict, against plain log-probs in float64."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _users_dispatch(default_dispatch):
 
 
 def test_evaluate(tmp_path):
-    """A last batch of one prompt counts as one prompt; metrics against one batch of all."""
+    """A last batch of one prompt counts as one prompt; metrics equal those of one batch with all prompts."""
     rows, held_out = make_rows(8), make_rows(9, seed=1)
     trainer = trained(tmp_path, rows, eval_dataset=held_out, eval_strategy="epoch")
     assert len(logged(trainer, "eval_loss")) == 1
@@ -61,7 +61,7 @@ def test_evaluating_on_other_rows(tmp_path):
 
 @pytest.mark.parametrize("loss", ["nca", "kto"])
 def test_predict(loss, tmp_path):
-    """Of rows in any form that evaluate takes, its metrics."""
+    """predict takes rows in any form that evaluate takes, and gives the same metrics."""
     words = tokenizer()
     rows = [{"prompt": prompt, "responses": ["ath", " oth"], "scores": [1.0, 0.2]} for prompt in ("the moth", "a", "oth")]
     trainer = trained(
@@ -75,7 +75,7 @@ def test_predict(loss, tmp_path):
 
 
 def test_ktos_evaluation_does_not_depend_on_its_batches(tmp_path):
-    """One baseline for all of it, by hand in float64."""
+    """An evaluation has one baseline, which equals that of a plain loop in float64."""
     rows, held_out = (
         [{**row, "desirable": [score == max(row["scores"]) for score in row["scores"]]} for row in each]
         for each in (make_rows(6), make_rows(5, seed=3))

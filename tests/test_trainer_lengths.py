@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("default_dispatch")
 
 
 def long_tailed_rows(n):
-    """Two responses each; their lengths, and those of the prompts, are drawn one by one."""
+    """Rows with two responses each; the lengths of prompts and responses are drawn independently."""
     draw = random.Random(0)
 
     def ids():
@@ -33,7 +33,7 @@ def batches_of(tmp_path, rows, **options):
 
 
 def padding(batches):
-    """The share of a batch that is padding, of all batches."""
+    """The share of padding in all batches."""
     return sum(int((ids == 0).sum()) for ids in batches) / sum(ids.numel() for ids in batches)
 
 
@@ -72,7 +72,7 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own():
 
 
 class Seen(TrainerCallback):
-    """The epochs that the sampler is told of."""
+    """Records the epochs that the sampler is set to."""
 
     def __init__(self, told):
         self.told = told

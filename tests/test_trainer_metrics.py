@@ -1,4 +1,4 @@
-"""What the trainer says of a run: its metrics against loops by hand, its times on a clock set by hand."""
+"""What the trainer logs about a run: its metrics against plain loops, and its times on a fake clock."""
 
 import copy
 from types import SimpleNamespace
@@ -78,7 +78,7 @@ def by_hand(batches):
 
 
 def test_metrics():
-    """Ragged K, prompts that only fill up a batch, batches of other K; every reading begins anew."""
+    """Metrics with ragged K, prompts that only fill up a batch, and batches of different K; reading them resets the sums."""
     metrics, accelerator = GroupMetrics(), Accelerator(cpu=True)
     for batches in (
         [random_batch([3, 1, 4, 2], 4, 0), random_batch([2, 6, 0], 6, 1), random_batch([1, 0], 1, 2)],
@@ -92,7 +92,7 @@ def test_metrics():
 
 
 class Clock:
-    """Stands still but where something is said to take time."""
+    """A clock that only advances when a test says that something takes time."""
 
     def __init__(self, monkeypatch, *modules):
         self.now = 0.0
@@ -117,7 +117,7 @@ class Clock:
 
 
 def test_share_of_time_in_the_loss(monkeypatch):
-    """From the head on, forward and backward; not the body, and nothing between forward and backward."""
+    """The time includes forward and backward from the head on, but not the body, nor anything between forward and backward."""
     watch = Clock(monkeypatch, clock)
     body, head, loss = watch.taking(100.0, 200.0), watch.taking(1.0, 2.0), watch.taking(4.0, 8.0)
 
@@ -174,7 +174,7 @@ def test_times_are_kept_only_to_be_logged(tmp_path):
 
 
 def test_logs_of_others(tmp_path):
-    """A loss that a callback logs before any step."""
+    """A callback may log a loss before any step."""
     run = trainer.NCATrainer(tiny("llama"), config(tmp_path), make_rows(4))
     run.log({"loss": 1.0})
     assert logged(run, "loss") == [1.0] and not logged(run, "tokens_per_second")
@@ -216,7 +216,7 @@ def plain_token_metrics(rows, model):
     ],
 )
 def test_token_metrics(loss, options, tmp_path):
-    """Of a step with two micro-batches of different size, and of an evaluation; they change no loss and no weight."""
+    """The metrics of a step with two micro-batches of different size and of an evaluation; losses and weights stay the same."""
     model = tiny("llama")
     rows, held_out = (with_likely_tokens(make_rows(n, seed=n), model) for n in (7, 5))
     options = {"loss": loss, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 2, **options}

@@ -20,7 +20,7 @@ def lora(**options):
 
 
 def test_lora(tmp_path):
-    """The base stays and is the reference, from the cache as at every step; what is saved is the adapter."""
+    """The base does not change and is the reference, cached or at every step; only the adapter is saved."""
     rows, model = make_rows(8), tiny("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cached = trained(tmp_path / "a", rows, model, peft_config=lora(), save_strategy="epoch")
@@ -41,7 +41,7 @@ def test_lora(tmp_path):
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["whole", "lora"])
 def test_gradient_checkpointing(peft_config, tmp_path):
-    """The same steps, with each layer computed once more in the backward."""
+    """The steps are the same although each layer is recomputed in the backward."""
     rows = with_ref_logps(make_rows(8), tiny("llama"))
     outcomes, calls = [], []
     for checkpointing in (False, True):
@@ -57,7 +57,7 @@ def test_gradient_checkpointing(peft_config, tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    """Autocast computes in bfloat16; the weights and their steps stay float32, and the reference is of the same precision."""
+    """Autocast computes in bfloat16; weights and steps stay float32, and the reference has the precision of the policy."""
     rows = make_rows(8)
     dtypes = set()
     model = tiny("llama")
@@ -73,7 +73,7 @@ def test_bfloat16(tmp_path):
 @pytest.mark.parametrize("peft_config", [None, lora(lora_dropout=0.3)], ids=["whole", "lora"])
 @pytest.mark.parametrize("loss", ["nca", "kto"])
 def test_resume(loss, peft_config, tmp_path):
-    """Stopped in the middle of the second epoch and started anew: the same bits as without a stop, dropout and all."""
+    """A run that stops in the middle of the second epoch and resumes has the same bits as without a stop, also with dropout."""
     rows = make_rows(11)
     options = {
         "loss": loss,
@@ -100,7 +100,7 @@ def test_resume(loss, peft_config, tmp_path):
 
 
 def test_qlora_resumes(tmp_path):
-    """As :func:`test_resume`, with a base that every start quantises anew and an optimizer in paged memory."""
+    """Like :func:`test_resume`, with a base that is quantised again at every start and an optimizer in paged memory."""
     pytest.importorskip("bitsandbytes")
     tiny("llama").save_pretrained(tmp_path / "base")
 

@@ -28,7 +28,7 @@ def _users_dispatch(default_dispatch):
 
 @pytest.fixture(scope="module", params=[DDP, FSDP], ids=["ddp", "fsdp"])
 def ranks(request, tmp_path_factory):
-    """What came of every case on two processes, started once for all of them."""
+    """The outcomes of all cases on two processes, which are started only once."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def ranks(request, tmp_path_factory):
 
 
 def test_same_as_one_process(ranks, tmp_path):
-    """Losses, metrics, reference log-probs and weights; of 11 prompts 4 at a time, so that the ranks' last batches fill up."""
+    """Losses, metrics, reference log-probs and weights are the same; 11 prompts, 4 per step, leave the last batches to fill up."""
     for case, ours in ranks.items():
         alone = run(case, tmp_path, 1)
         start = tiny("llama").state_dict()

@@ -1,7 +1,7 @@
-"""Triton's kernels as machine code for GPUs that are not here: no spills, 16-byte loads, no exponential too many.
+"""Triton's kernels as machine code for GPUs that this machine need not have: no spills, 16-byte loads, no extra exponential.
 
-Compiled at the launch settings of V = 32000 and 128256 by a process of its own, because under TRITON_INTERPRET=1 this
-one holds interpreted functions.
+They are compiled at the launch settings of V = 32000 and 128256 in a separate process, because with TRITON_INTERPRET=1 this process
+holds interpreted functions.
 """
 
 import importlib.util
@@ -120,7 +120,7 @@ def _compile(case):
 
 
 def _in_flight(sass):
-    """For each block of code with 16-byte loads, how many of them start before the first multiplication."""
+    """For each block of code with 16-byte loads, the number of loads that start before the first multiplication."""
     blocks = [re.findall(r"\b(LDG\.E\.128|FMUL2?)\b", block) for block in re.split(r"^\.L_x_\d+:", sass, flags=re.MULTILINE)]
     return [next(i for i, op in enumerate([*block, "FMUL"]) if op.startswith("FMUL")) for block in blocks if "LDG.E.128" in block]
 
@@ -163,7 +163,7 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture(params=CAPABILITIES)
 def compiled(request, kernels):
-    """The kernels for one GPU."""
+    """The compiled kernels for one GPU."""
     here = [kernel for kernel in kernels if kernel["capability"] == request.param]
     if not here:
         pytest.skip(f"sm_{request.param} is asked of Triton 3.9 and later")
@@ -171,7 +171,7 @@ def compiled(request, kernels):
 
 
 def _words(kernel):
-    """The 16-byte words that a thread holds."""
+    """The number of 16-byte words that a thread holds."""
     return kernel["launch"]["WORDS"] // (32 * kernel["launch"]["num_warps"])
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels with the rounding errors of a GPU's instructions, which its interpreter does not have.
+"""Triton's kernels with the rounding errors of a GPU's instructions, which Triton's interpreter does not have.
 
 A float32 division is ``div.full.f32`` (2 ulp) and ``exp2`` is ``ex2.approx.f32`` (2 ulp) on the GPU (PTX ISA, floating-point
 instructions). The interpreter rounds both correctly, so an expression that cancels after one of them passes there.
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 
 
 def _moved(exact: Callable, ulps: int) -> Callable:
-    """The function with a result ``ulps`` float32 numbers further up (down where negative)."""
+    """The function with its result moved up by ``ulps`` float32 numbers (down if negative)."""
 
     def inexact(*arguments: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -41,7 +41,7 @@ def _moved(exact: Callable, ulps: int) -> Callable:
 
 @pytest.fixture(params=[("division", -2), ("division", -1), ("division", 1), ("division", 2), ("exp2", -2), ("exp2", 2)], ids=str)
 def triton(request, monkeypatch) -> Target:
-    """Backend ``triton`` with one instruction off by so many ulp."""
+    """Backend ``triton`` with one instruction off by a number of ulp."""
     runtime = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
     builder, (instruction, ulps) = runtime.InterpreterBuilder, request.param
     if instruction == "division":

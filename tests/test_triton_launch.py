@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 @pytest.fixture
 def stores_whole_words(monkeypatch):
-    """Whether backward of the logits that a function makes is compiled to store 16-byte words."""
+    """Whether the backward for the logits that a function makes is compiled to store 16-byte words."""
     from nca_kernels.backends.triton import token_logps
 
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def stores_whole_words(monkeypatch):
 
 
 def test_the_stride_of_a_dimension_of_size_1_is_no_obstacle(stores_whole_words):
-    """One sequence without its last token, one token of every sequence, one token of one: only their own rows count."""
+    """One sequence without its last token, one token of every sequence, one token of one sequence: only strides of rows count."""
     assert stores_whole_words(lambda x: x)
     assert stores_whole_words(lambda x: x[:1, :-1])
     assert stores_whole_words(lambda x: x[:1, :1])
@@ -53,7 +53,7 @@ def test_the_stride_of_a_dimension_of_size_1_is_no_obstacle(stores_whole_words):
 
 @pytest.fixture
 def touched(monkeypatch):
-    """The addresses of the elements of rows that kernels load and store, since it was last asked."""
+    """The addresses of the row elements that kernels have loaded and stored since the last call."""
     runtime = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("the interpreter shows the addresses; on a GPU the sanitizers see them")
@@ -83,7 +83,7 @@ def touched(monkeypatch):
 @pytest.mark.parametrize("V", [1, 5, 1027])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_every_16_byte_word_that_is_read_holds_an_element_of_the_row(touched, dtype, V):
-    """So a read past a row stays within what allocators of multiples of 16 bytes have given; no write leaves the row."""
+    """So a read past a row stays within the allocation, whose size is a multiple of 16 bytes; no write leaves the row."""
     backend = BACKENDS["triton"]
     store, out = torch.zeros(2, V + 16, dtype=dtype)
     labels, dlogps = torch.randint(V, (1, 1)), torch.ones(1, 1)

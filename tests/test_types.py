@@ -15,7 +15,7 @@ pytest.importorskip("mypy", reason="mypy is not installed")
 
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
-    """What mypy says of a user's lines, in an environment that holds what a wheel holds of the package."""
+    """What mypy reports for a user's lines, in an environment with the package as a wheel installs it."""
     folder = tmp_path_factory.mktemp("user")
     venv.create(folder / "env")
     site = next((folder / "env").glob("lib*/python*/site-packages"))

@@ -1,4 +1,4 @@
-"""Per-sample values and gradients: ``vmap`` and ``vmap(grad)`` on backend ``torch``, and what the kernels say."""
+"""Per-sample values and gradients: ``vmap`` and ``vmap(grad)`` on backend ``torch``, and the errors of the kernels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A Llama of a few thousand weights and a tokenizer of bytes, saved as users have theirs."""
+"""A Llama with a few thousand weights and a byte-level tokenizer, saved as a user's model is."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -12,7 +12,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(folder: str, seed: int = 0, **sizes: int) -> None:
-    """A model and its tokenizer, for ``from_pretrained(folder)``."""
+    """Save a model and its tokenizer for ``from_pretrained(folder)``."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""One rank of test_trainer_ranks: a case by name, on gloo; the main rank saves what came out."""
+"""One rank of test_trainer_ranks: it runs a case by its name, on gloo; the main rank saves the outcome."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from nca_kernels.integrations.training.trainer import NCATrainer
 
 
 def fsdp_on_the_cpu():
-    """accelerate shards on accelerators alone; here it is told that gloo's CPUs are some."""
+    """Make accelerate take CPUs with gloo for accelerators, because it shards only on accelerators."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -53,7 +53,7 @@ CASES = {
 
 
 def run(case, folder, processes):
-    """What comes of a run of ``processes`` ranks: 4 prompts a step whatever their number, and an uneven end."""
+    """The outcome of a run on ``processes`` ranks, with 4 prompts per step whatever their number, and an uneven end."""
     options = dict(CASES[case])
     size = 4 // options.get("gradient_accumulation_steps", 1) // processes
     if case.startswith("fsdp") and processes > 1:
@@ -80,7 +80,7 @@ def run(case, folder, processes):
 
 
 def refused_on_a_cpu(folder):
-    """accelerate would run DistributedDataParallel in place of FSDP, without a word."""
+    """FSDP on a CPU is refused: accelerate would silently run DistributedDataParallel instead."""
     try:
         NCATrainer(tiny("llama"), config(folder, fsdp=True), make_rows(4))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Rows, models and runs of the trainer's tests."""
+"""Rows, models and runs for the trainer's tests."""
 
 import random
 
@@ -17,7 +17,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 
 
 def make_rows(n, *, ragged=True, seed=0):
-    """Tokenized prompts; ragged: of 2 to 5 responses, all lengths different."""
+    """Tokenized rows of random lengths; ``ragged`` gives 2 to 5 responses, otherwise there are 3."""
     draw = random.Random(seed)
 
     def ids(low, high):
@@ -39,7 +39,7 @@ def with_ref_logps(rows, model):
 
 
 def plain_logps(model, prompt, responses):
-    """Of each response, from the model's own logits in float64."""
+    """The log-prob of each response, from the model's own logits in float64."""
     longest = max(map(len, responses))
     ids = torch.tensor([prompt + response + [0] * (longest - len(response)) for response in responses])
     scored = torch.arange(longest) < torch.tensor([len(response) for response in responses])[:, None]
@@ -49,7 +49,7 @@ def plain_logps(model, prompt, responses):
 
 
 def config(folder, **options):
-    """A run on the CPU that keeps quiet and whose steps show rounding as it is (Adam would blow up gradients near 0)."""
+    """The configuration of a quiet run on the CPU, with SGD, because Adam would amplify rounding in gradients near 0."""
     defaults = {
         "use_cpu": True,
         "disable_tqdm": True,
@@ -70,8 +70,9 @@ def config(folder, **options):
 
 
 def trained(folder, rows, model=None, eval_dataset=None, resume=None, evaluated=False, **options):
-    """The trainer after its run, from the checkpoint ``resume`` on, and ``evaluated`` before it; other keywords are of the config,
-    or of the trainer."""
+    """The trainer after its run, which resumes from ``resume`` if given and is ``evaluated`` before; other keywords go to the
+    config or the trainer.
+    """
     names = ("processing_class", "peft_config", "ref_model", "callbacks")
     keywords = {name: options.pop(name) for name in names if name in options}
     trainer = NCATrainer(model or tiny("llama"), config(folder, **options), rows, eval_dataset, **keywords)
@@ -87,7 +88,7 @@ def weights(trainer):
 
 
 def assert_same_weights(ours, wanted, start=None, rtol=1e-4):
-    """To ``rtol`` of the largest change from ``start`` that a tensor saw, and its own rounding; bit for bit without ``start``."""
+    """Equal up to ``rtol`` of a tensor's largest change from ``start``, plus its rounding; without ``start``, bit for bit."""
     assert ours.keys() == wanted.keys()
     for name, tensor in wanted.items():
         if start is None:
