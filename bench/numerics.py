@@ -1,4 +1,4 @@
-"""Errors of values and gradients against float64, beside PyTorch's own on the same inputs: ``python -m bench numerics``.
+"""Errors of values and gradients against float64, next to those of PyTorch on the same inputs: ``python -m bench numerics``.
 
 A cell is the largest error of a case, in the unit of its table. On a CPU the Triton kernels run in Triton's interpreter, which uses
 ``exp`` and ``log`` of NumPy instead of a GPU's, and truncates to bfloat16 where a GPU rounds.

@@ -26,9 +26,9 @@ from nca_kernels.tiles import aligned
 
 from .measure import median, quantile
 
-ROWS = 2048  # measured at most: one block of a tile
-LENGTH = 384  # tokens of a sequence
-SLICES = 32  # as many as today's tiles have at V = 32000
+ROWS = 2048  # the most rows that are measured: one block of a tile
+LENGTH = 384  # tokens per sequence
+SLICES = 32  # as many as the package's tiles have at V = 32000
 MASSES = (2.0**-6, 2.0**-8, 2.0**-10, 2.0**-12)
 TIMED = 2.0**-10
 SURE = 1.0  # nats
@@ -37,10 +37,10 @@ Results = tuple[Tensor, Tensor, Tensor]  # logps, dhidden, dweight
 
 
 class SkippingHead:
-    """Forward and backward of a trained head from the pieces of the package. Each row's smallest slices go.
+    """Forward and backward of a trained head, built from parts of the package, that leaves out each row's least probable slices.
 
-    ``ordered`` slices hold the columns by falling logit of the mean hidden state, so that those in use are in few of them; the
-    rows of the head are gathered for each.
+    ``ordered`` sorts the columns by descending logit of the mean hidden state, so that few slices hold the probable ones. The rows
+    of the head are then gathered for each slice.
     """
 
     def __init__(self, mass: float, ordered: bool) -> None:
@@ -90,7 +90,7 @@ def _tile(flat: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _stay(shares: Tensor, of_label: Tensor, mass: float) -> Tensor:
-    """``[S, M]``: false for the smallest of a row's ``shares [S, M]`` while they sum to ``mass`` at most, except its label's."""
+    """Which slices stay, ``[S, M]``: the label's, and all but a row's smallest ``shares [S, M]`` that sum to at most ``mass``."""
     ascending, order = shares.t().contiguous().sort(1)
     stays = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, ascending.cumsum(1) > mass).t().contiguous()
     stays[of_label, torch.arange(len(of_label))] = True
@@ -123,7 +123,7 @@ def _error(values: Tensor, truth: Tensor) -> float:
 
 
 def print_times(hidden: Tensor, weight: Tensor, labels: Tensor, rounds: int) -> None:
-    """All contestants in turn, in a new order each round, on copies that no cache holds."""
+    """Time all contestants in turn, in a new random order each round, on copies of the inputs that no cache holds."""
     logits, upstream = torch.zeros(len(hidden), len(weight)), torch.ones(len(hidden))
     copies = [(hidden.clone(), weight.clone()) for _ in range(4)]
     calls: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -150,7 +150,7 @@ def print_times(hidden: Tensor, weight: Tensor, labels: Tensor, rounds: int) -> 
 
 @torch.no_grad()
 def hidden_states(folder: str, text: str) -> Results:
-    """The states that enter the head, the head, and the labels."""
+    """The hidden states that enter the head, the weight of the head, and the labels."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text).input_ids)
     ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)

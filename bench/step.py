@@ -1,7 +1,7 @@
 """One optimisation step of a Llama by NCA: forward, backward, clipping and AdamW, through this trainer and others.
 
 Lengths have a long tail (:mod:`bench.step_data`), and each contestant takes the batches that its sampler makes of one data set.
-Each runs in a process of its own, so that its peak memory is its own. On a CPU they take turns step by step, so that a drift of
+Each runs in a separate process, so that its peak memory is its own. On a CPU they take turns step by step, so that a drift of
 the machine's clock affects all alike; on a GPU one runs after the other, since not all fit in its memory.
 """
 

@@ -1,4 +1,4 @@
-"""A line for each stored problem: this package beside its ceiling, other packages and the goals for an H100."""
+"""A line for each stored problem compares this package with its ceiling, other packages and the goals for an H100."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def target(request):
 
 @pytest.fixture(params=["triton", "cuda", "cpu"])
 def kernels(request):
-    """Every backend with kernels of its own (all but ``torch``)."""
+    """Every backend with its own kernels (all but ``torch``)."""
     return _target(request)
 
 
