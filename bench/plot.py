@@ -24,7 +24,7 @@ def plot(results: Path, images: Path) -> list[Path]:
     for file in sorted(results.glob("*/*.json")):
         document = schema.load(file)
         groups = _drawn(document["rows"])
-        if not groups or document["header"]["suite"] == "tune":  # nothing is timed, or the rows are settings, which a table shows better
+        if not groups or document["header"]["suite"] == "tune":  # no times, or settings, which suit a table
             continue
         stem = images / f"{file.parent.name}-{file.stem}"
         if document["header"]["suite"] == "linear":

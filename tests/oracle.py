@@ -28,7 +28,7 @@ def value_and_grad(function, logits, upstream):
 
 
 def assert_no_worse(ours, truth, peer, tol, what=""):
-    """``|ours - truth| <= |peer - truth| + tol * (1 + |truth|)``, elementwise; NaN and infinities are exactly where they should be."""
+    """``|ours - truth| <= |peer - truth| + tol * (1 + |truth|)``, elementwise; NaN and infinities are where they should be."""
     ours, truth, peer = ours.detach().double().cpu(), truth.detach().double().cpu(), peer.detach().double().cpu()
     assert ours.shape == truth.shape, f"{what}: shape {ours.shape}, wanted {truth.shape}"
     odd = ~torch.isfinite(truth)

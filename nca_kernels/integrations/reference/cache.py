@@ -76,7 +76,7 @@ def weights_digest(model: nn.Module, *, base: bool) -> str:
         # PEFT moves the layers that it changes one level down, which must not change the hash.
         name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # its type hides that it is a buffer
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # mypy sees no buffer in ndarray
         digest.update(content)
     configs: list[Any] = [core.config]
     if isinstance(model, PeftModel) and not base:
