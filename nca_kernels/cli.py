@@ -313,7 +313,7 @@ def _doctor(arguments: argparse.Namespace) -> int | None:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
-        help="align a small Llama by NCA, InfoNCA and DPO, in about two minutes",
+        help="align a small Llama by NCA, InfoNCA and DPO, in about three minutes",
         description="Teach a small Llama sums, sample four answers a prompt, reward them, and align it by NCA, InfoNCA "
         "and DPO. Prints a table; writes figure2.png and demo.json.",
     )
