@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from .load import Groups, load_groups
 from .tokenize import TokenizedGroups, tokenize_groups
 
 logger = logging.getLogger(__name__)
+
+Rows: TypeAlias = "Dataset | list[dict]"
 
 # The last four columns are optional.
 COLUMNS = ("prompt_ids", "response_ids", "scores", "ref_logps", "desirable", "mismatched_ids", "mismatched_ref_logps")
@@ -41,7 +43,7 @@ class RowOptions(NamedTuple):
 
 def prepare_rows(
     name: str,
-    rows: Dataset | list[dict],
+    rows: Rows,
     tokenizer: PreTrainedTokenizerBase | None,
     options: RowOptions,
     vocabulary: int | None = None,
@@ -88,6 +90,17 @@ def prepare_rows(
     return rows
 
 
+def map_datasets(
+    name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]
+) -> Rows | dict[str, Rows] | None:
+    """Apply ``function(name, rows)`` to the rows, or to each data set of a mapping."""
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {key: function(f"{name}[{key!r}]", value) for key, value in rows.items()}
+    return function(name, rows)
+
+
 def _table(name: str, rows: list[dict]) -> Dataset:
     """A table of the columns that are used and that some row has; other columns may hold values of several kinds."""
     tables = []
@@ -99,7 +112,7 @@ def _table(name: str, rows: list[dict]) -> Dataset:
     return concatenate_datasets(tables, axis=1)
 
 
-def _loaded(name: str, rows: Dataset | list[dict], tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
+def _loaded(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase | None, options: RowOptions) -> Dataset:
     columns = list(rows[0] if isinstance(rows, list) else rows.column_names)
     if begun(dict.fromkeys(columns)) is None:
         raise ValueError(f"{name}: got the columns {', '.join(columns)}; wanted {WANTED}")
@@ -294,12 +307,15 @@ def longest_sequences(rows: Dataset) -> np.ndarray:
 
 
 def shared_lengths(rows: Dataset) -> np.ndarray:
-    """For each row the tokens of the one line that holds it where its prompt is shared: its last token is there once a response."""
+    """For each row its tokens in a batch of ``share_prompt``, which repeats the last token of the prompt for each response."""
     return _row_tokens(rows, lambda tokens, starts: np.add.reduceat(tokens + 1, starts)) - 1
 
 
 def _row_tokens(rows: Dataset, responses: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """The tokens of each row's prompt, and what ``responses`` makes of those of its responses, which begin at ``starts``."""
+    """For each row the tokens of its prompt plus a reduction of those of its responses.
+
+    ``responses(tokens, starts)`` takes the tokens of all responses and where those of each row start; it returns a number per row.
+    """
     totals = []
     for columns in arrow_batches(rows.select_columns(["prompt_ids", "response_ids"])):
         counts = _lengths(columns["response_ids"]).to_numpy()

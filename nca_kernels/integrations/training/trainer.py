@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -20,13 +20,14 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, Predict
 from ... import group_loss
 from ..data.collator import Batch, GroupCollator, group_logps
 from ..data.mismatched import MismatchedCollator
-from ..data.rows import longest_sequences, missing_ref_logps, prepare_rows, shared_lengths
+from ..data.rows import Rows, longest_sequences, map_datasets, missing_ref_logps, prepare_rows, shared_lengths
 from ..data.shared_prompt import check_layout, model_inputs
 from ..models.evaluating import evaluating
 from ..models.heads import model_logps, model_token_stats
 from ..reference.frozen import reshard
 from ..reference.placement import checkpointed_once, place_for_deepspeed, to_device, to_device_or_shard, zero3_for_forward
 from ..reference.policy_reference import PolicyReference, ReferenceOptions
+from .batches import ChangedBatches, each_prompt_once, with_baseline
 from .by_length import LengthSampler
 from .clock import LossClock
 from .config import NCAConfig
@@ -39,8 +40,6 @@ from .resumable import ResumableTrainer
 from .run_modes import keep_4bit_gradients, refuse_split_sequences, refuse_tensor_parallel
 from .run_record import run_fingerprint, run_settings
 from .samples import samples_callback
-
-Rows: TypeAlias = "Dataset | list[dict]"
 
 
 class NCATrainer(ResumableTrainer):
@@ -287,25 +286,11 @@ class NCATrainer(ResumableTrainer):
             prompts = self.accelerator.reduce(torch.tensor(prompts, device=device))
         if self.args.loss == "kto":
             baseline = self._kto_baseline(batches)
-            batches = [{**batch, "baseline": baseline} for batch in batches]
+            batches = [with_baseline(batch, baseline) for batch in batches]
         return batches, prompts
 
     def _each_prompt_once(self, batches: list[Batch]) -> tuple[list[Batch], list[int]]:
-        """Mask the prompts that only fill up the last batch; return the batches and the number of prompts left in each.
-
-        accelerate gives every rank a full batch: at the end of the data it adds prompts from the beginning.
-        """
-        prompts = [len(batch["mask"]) for batch in batches]
-        ranks, data = self.accelerator.num_processes, self.accelerator.gradient_state
-        filled_up = self.accelerator.even_batches and not self.args.dataloader_drop_last
-        if batches and ranks > 1 and filled_up and data.end_of_dataloader:
-            # If a run resumes within an epoch, accelerate does not set its own `remainder` for the rest of that epoch.
-            last = len(data.active_dataloader.dataset) % (ranks * prompts[-1]) or ranks * prompts[-1]
-            prompts[-1] = min(max(last - self.accelerator.process_index * prompts[-1], 0), prompts[-1])
-            mask = batches[-1]["mask"]
-            kept = torch.arange(len(mask), device=mask.device)[:, None] < prompts[-1]
-            batches = [*batches[:-1], {**batches[-1], "mask": mask & kept}]
-        return batches, prompts
+        return each_prompt_once(batches, self.accelerator, self.args.dataloader_drop_last)
 
     def compute_loss(
         self,
@@ -393,9 +378,9 @@ class NCATrainer(ResumableTrainer):
         began = time.perf_counter()
         self._eval_metrics = GroupMetrics()
         self._place_policy()
-        batches = _EvaluationBatches(dataloader, lambda batch: self._each_prompt_once([batch])[0][0])
+        batches = ChangedBatches(dataloader, lambda batch: self._each_prompt_once([batch])[0][0])
         if self.args.loss == "kto":
-            batches = _EvaluationBatches(batches, partial(_with_baseline, baseline=self._kto_baseline(batches)))
+            batches = ChangedBatches(batches, partial(with_baseline, baseline=self._kto_baseline(batches)))
         output = super().evaluation_loop(
             batches,  # type: ignore[arg-type]  # it uses only the parts of a DataLoader that this class has
             description,
@@ -420,32 +405,3 @@ class NCATrainer(ResumableTrainer):
             logs.update({name: value for name, value in means.items() if name != "loss"})
             self._refuse_bad_losses(self.args.max_bad_losses)
         super().log(logs, start_time)
-
-
-class _EvaluationBatches:
-    """The batches of a dataloader, each passed through ``change`` when it is read."""
-
-    def __init__(self, dataloader: DataLoader | _EvaluationBatches, change: Callable[[Batch], Batch]):
-        self.dataset: Any = dataloader.dataset
-        self._dataloader, self._change = dataloader, change
-
-    def __len__(self) -> int:
-        return len(self._dataloader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self._change, self._dataloader)
-
-
-def _with_baseline(batch: Batch, baseline: Tensor) -> Batch:
-    return {**batch, "baseline": baseline}
-
-
-def map_datasets(
-    name: str, rows: Rows | dict[str, Rows] | None, function: Callable[[str, Rows], Rows]
-) -> Rows | dict[str, Rows] | None:
-    """Apply ``function(name, rows)`` to the rows, or to each data set of a mapping."""
-    if rows is None:
-        return None
-    if isinstance(rows, dict):
-        return {key: function(f"{name}[{key!r}]", value) for key, value in rows.items()}
-    return function(name, rows)
