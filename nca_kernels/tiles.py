@@ -123,8 +123,10 @@ class Tiling:
 def _tile_in(memory: Tensor, block: slice, columns: slice) -> Tensor:
     rows, width = block.stop - block.start, columns.stop - columns.start
     padded = memory[: rows * aligned(width)].view(rows, aligned(width))
-    # A GEMM of 16-bit matrices on a CPU with AMX may multiply the padding by zeros, and what was there before may be NaN.
-    padded[:, width:].zero_()
+    # A GEMM of 16-bit matrices on a CPU with AMX may multiply the padding by zeros, and what was there before may be NaN. On a GPU
+    # no GEMM reads it, and this would be a kernel a tile.
+    if not memory.is_cuda:
+        padded[:, width:].zero_()
     return padded[:, :width]
 
 

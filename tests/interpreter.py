@@ -39,7 +39,7 @@ def leave_out_repeated_work() -> None:
     """Skip repeated work from now on in this process. It takes half of the interpreter's time and changes no result."""
     from triton.runtime import interpreter
 
-    # Whether each integer sum, difference and product overflows: computed, and looked at under `debug` alone.
+    # The interpreter computes whether each integer sum, difference and product overflows, and reads it only under `debug`.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
     # A launch replaces the functions of triton.language by interpreted ones. So does every call of a jitted function inside the
@@ -53,7 +53,7 @@ def leave_out_repeated_work() -> None:
 
     def replace_once(function: Any) -> Any:
         if languages(function) <= replaced:
-            return None  # which no caller inside a launch looks at
+            return None  # no caller inside a launch reads the result
         replaced.update(languages(function))
         return replace(function)
 

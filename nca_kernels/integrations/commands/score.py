@@ -69,8 +69,10 @@ def score_file(
     if len(lines) != len(rows):
         raise ValueError(f"{data}: got {len(lines)} rows for {len(rows)} prompts, wanted a row a prompt with all its responses")
     settings = _settings(model)
-    if max_length is None and (max_length := settings.get("max_length")) is not None:
-        print(f"max_length {max_length}, as {Path(model) / RUN} says")
+    if max_length is None:
+        max_length = settings.get("max_length")
+        if max_length is not None:
+            print(f"max_length {max_length}, as {Path(model) / RUN} says")
     logps_under = partial(
         response_logps,
         rows=rows,
@@ -121,9 +123,11 @@ def response_logps(
     tokenizer = load_tokenizer(model)
     without_scores = rows.remove_columns("scores")
     tokenized = tokenize_groups(without_scores, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length).rows
-    if model_init_kwargs is None and (model_init_kwargs := _settings(model).get("model_init_kwargs")):
-        print(f"{model}: loaded with {model_init_kwargs}, as its {RUN} says")
-    network = to_device(load_model(model, **(model_init_kwargs or {})), default_device()).eval()
+    if model_init_kwargs is None:
+        model_init_kwargs = _settings(model).get("model_init_kwargs") or {}
+        if model_init_kwargs:
+            print(f"{model}: loaded with {model_init_kwargs}, as its {RUN} says")
+    network = to_device(load_model(model, **model_init_kwargs), default_device()).eval()
     collator = GroupCollator(tokenizer.pad_token_id or 0)
     logps = []
     for start in tqdm(range(0, len(tokenized), batch_size), desc=model):
