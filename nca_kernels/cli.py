@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     # Errors that the user can correct. Any other may be a defect: its traceback is kept in a file.
     except ModuleNotFoundError as error:
         install = _SERVER if error.name == "openai" else _HF if error.name in _HF_MODULES else None
-        return _failed(arguments.command, f"{error}" + (f"; {install} brings it" if install else ""))
+        return _failed(arguments.command, f"{error}" + (f"; install it with: {install}" if install else ""))
     except (_Mistake, OSError) as error:
         return _failed(arguments.command, str(error))
     except KeyboardInterrupt:
@@ -203,8 +203,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _how_to_go_on(output_dir: str) -> str:
     if any(Path(output_dir).glob("checkpoint-*")):
-        return "the same command with --resume_from_checkpoint true goes on from the last checkpoint"
-    return "there is no checkpoint yet to go on from (save_steps says how often one is written)"
+        return "the same command with --resume_from_checkpoint true continues from the last checkpoint"
+    return "there is no checkpoint yet to continue from (save_steps says how often one is written)"
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:

@@ -89,7 +89,7 @@ def chain(folder, case, draw, kills, log):
         pid = child(run, case, log)
         moment = draw.uniform(0, length)
         time.sleep(moment)
-        if exit_code := ended(pid):  # the run had ended: that is no kill, and the next one begins anew
+        if exit_code := ended(pid):  # the run had ended: that is no kill, and the next one starts from the beginning
             assert exit_code == (0,), log.read_text()
             assert_equal(run, alone)
             ends += 1
@@ -123,5 +123,5 @@ if __name__ == "__main__":
     for i, case in enumerate(CASES):
         share = (kills + len(CASES) - 1 - i) // len(CASES)
         outcomes[case] = chain(folder / case, case, draw, share, folder / f"{case}.log")
-    resumed = sum((folder / f"{case}.log").read_text().count("goes on after step") for case in CASES)
+    resumed = sum((folder / f"{case}.log").read_text().count("continues after step") for case in CASES)
     print(json.dumps({"outcomes": outcomes, "resumed": resumed}))

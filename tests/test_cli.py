@@ -254,7 +254,7 @@ def test_an_interrupted_training_says_how_to_go_on(checkpoint, monkeypatch, caps
     (tmp_path / "out" / ("checkpoint-10" if checkpoint else "plots")).mkdir(parents=True)
     assert cli.main(["train", config(output_dir=str(tmp_path / "out"))]) == 130
     told = capsys.readouterr().err
-    assert ("--resume_from_checkpoint true goes on from the last checkpoint" in told) == checkpoint
+    assert ("--resume_from_checkpoint true continues from the last checkpoint" in told) == checkpoint
     assert ("no checkpoint yet" in told) != checkpoint
 
 
@@ -270,7 +270,7 @@ def test_what_is_not_installed_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "examine", needs_peft)
     assert cli.main(["doctor"]) == 1
-    assert capsys.readouterr().err == "nca-kernels doctor: No module named 'peft'; pip install 'nca_kernels[hf]' brings it\n"
+    assert capsys.readouterr().err == "nca-kernels doctor: No module named 'peft'; install it with: pip install 'nca_kernels[hf]'\n"
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_failed_runs_say_why_in_one_line(user, capsys, monkeypatch):
         patch.setattr(policy_reference, "cache_key", lambda *_: "bad")
         (user / "bad.safetensors").write_text("nothing")
         assert cli.main(["train", "run.yaml", "--output_dir", "failed", "--reference_cache_dir", "."]) == 1
-        assert "nca-kernels train: bad.safetensors: no file of reference log-probs" in capsys.readouterr().err
+        assert "nca-kernels train: bad.safetensors: not a file of reference log-probs" in capsys.readouterr().err
     assert cli.main(["train", "run.yaml", "--data", "bad.jsonl", "--skip_bad_rows", "true", "--max_steps", "1"]) == 0
     assert "bad.jsonl: 6 prompts, 17 responses, K = 2 to 4; 1 bad rows skipped" in capsys.readouterr().out
 

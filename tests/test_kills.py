@@ -69,7 +69,7 @@ def test_a_full_disk(small_disk, tmp_path):
     assert (named / "checkpoint.json").exists()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     resumed = train(small_disk / "run", "resume")
-    assert resumed.returncode == 0 and f"{named}: goes on after step" in resumed.stdout, resumed.stderr[-2000:]
+    assert resumed.returncode == 0 and f"{named}: continues after step" in resumed.stdout, resumed.stderr[-2000:]
     alone = train(tmp_path / "alone", "anew")
     assert alone.returncode == 0, alone.stderr[-2000:]
     ours, wanted = (load_file(folder / "model.safetensors") for folder in (small_disk / "run", tmp_path / "alone"))

@@ -207,7 +207,7 @@ def test_a_file_of_something_else(tmp_path):
     rows = Dataset.from_list(make_rows(3))
     file = tmp_path / "key.safetensors"
     file.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="key.safetensors: no file of reference log-probs"):
+    with pytest.raises(ValueError, match="key.safetensors: not a file of reference log-probs"):
         reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)
     file.unlink()
     reference_logps(rows, fake_logps, file, Accelerator(cpu=True), batch_size=2)

@@ -58,7 +58,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_named(how, tmp_path, capsy
     resumed = run(tmp_path, True, scored)
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'checkpoint-3'} is passed over: " in printed
-    assert f"{tmp_path / 'checkpoint-2'}: goes on after step 2" in printed
+    assert f"{tmp_path / 'checkpoint-2'}: continues after step 2" in printed
     assert_same_weights(weights(resumed), weights(whole))
     damage(tmp_path / "checkpoint-3", how)
     with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-3 is not whole: "):
@@ -93,7 +93,7 @@ def test_the_newest_of_this_very_run(tmp_path, scored, capsys):
     run(tmp_path / "other", rows=scored, beta=0.5)
     (tmp_path / "other" / "checkpoint-3").rename(tmp_path / "ours" / "checkpoint-9")
     resumed = run(tmp_path / "ours", True, scored, num_train_epochs=1)
-    assert f"{tmp_path / 'ours' / 'checkpoint-3'}: goes on after step 3" in capsys.readouterr().out
+    assert f"{tmp_path / 'ours' / 'checkpoint-3'}: continues after step 3" in capsys.readouterr().out
     assert_same_weights(weights(resumed), weights(ours))
 
 

@@ -77,7 +77,7 @@ class NativeBackend:
     def _unusable(self, device: torch.device) -> str:
         """Why the extension's code cannot run on this device; empty if it can."""
         if device.type == "cuda" and torch.version.hip:  # on ROCm, too, the device type is "cuda"
-            return "this is a GPU of ROCm, and the extension holds code for NVIDIA's"
+            return "this PyTorch is built for ROCm, and the extension holds code for NVIDIA GPUs"
         return self._module.unusable(-1 if device.index is None else device.index)
 
     def description(self) -> str:

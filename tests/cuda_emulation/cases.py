@@ -93,7 +93,7 @@ def test_gpus_of_rocm_are_refused_with_a_reason(monkeypatch):
     """PyTorch calls them "cuda"."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     explained = _explained(monkeypatch, 94, 13000)
-    assert "GPU of ROCm" in explained["cuda"] and "one of ROCm" in explained["triton"] and explained["torch"] == "runs"
+    assert "built for ROCm" in explained["cuda"] and "built for ROCm" in explained["triton"] and explained["torch"] == "runs"
 
 
 @pytest.mark.parametrize("V", [5, 5000])  # a row of a warp, and of a block

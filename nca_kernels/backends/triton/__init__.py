@@ -42,7 +42,7 @@ def _wrong_device(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return [f"it runs on CUDA tensors, not on {device.type!r}"]
     if torch.version.hip:  # on ROCm, too, the device type is "cuda"
-        return ["its settings are made for NVIDIA GPUs, and this is one of ROCm"]
+        return ["its settings are made for NVIDIA GPUs, and this PyTorch is built for ROCm"]
     if not torch.cuda.is_available():
         return ["PyTorch sees no CUDA device"]
     capability = torch.cuda.get_device_capability(device)

@@ -50,7 +50,7 @@ def rate_file(data: Path, out: Path, *, reward_model: str | None = None, functio
     file = UnfinishedFile(out, {"data": digest(data), **rater})
     left = [row for row in rows if row.number not in file.lines]
     if file.lines:
-        print(f"{file.part}: goes on, {len(file.lines)} of {len(rows)} rows are done")
+        print(f"{file.part}: continues, {len(file.lines)} of {len(rows)} rows are done")
     if left:
         done = _by_function(function, left) if function is not None else _by_model(str(reward_model), left, batch_size)
         with tqdm(total=len(rows), initial=len(file.lines), desc="rows", unit="row") as bar:

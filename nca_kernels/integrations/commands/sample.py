@@ -62,7 +62,7 @@ def sample_file(
     file = UnfinishedFile(out, settings)
     left = [row for row in rows if row.number not in file.lines]
     if file.lines:
-        print(f"{file.part}: goes on, {len(file.lines)} of {len(rows)} rows are done")
+        print(f"{file.part}: continues, {len(file.lines)} of {len(rows)} rows are done")
     if left:
         done = _by_server(server, model, left, num_responses, batch_size, sampling) if server else None
         done = done or _by_model(model, left, num_responses, batch_size, sampling)

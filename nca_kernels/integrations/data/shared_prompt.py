@@ -89,7 +89,7 @@ def refuse_unless_tree(model: nn.Module) -> None:
             "sliding-window attention"
         )
     if "position_ids" not in inspect.signature(core.forward).parameters:
-        raise ValueError(f"share_prompt: {name} takes no position_ids, so responses side by side would lie at wrong distances")
+        raise ValueError(f"share_prompt: {name} takes no position_ids, so responses that share a prompt would get wrong positions")
     attention = attention_implementation(config)
     if attention not in _ATTENTION:
         raise ValueError(

@@ -34,7 +34,7 @@ def load_policy(name: str, *, adapter: bool, **keywords: object) -> PreTrainedMo
     if adapter:
         print_main(f"adapter  {name} is merged into its base {base}, and a new one is trained on it")
         return loaded.merge_and_unload()
-    print_main(f"adapter  {name} of the base {base} goes on being trained")
+    print_main(f"adapter  {name} of the base {base} is trained further")
     return loaded
 
 

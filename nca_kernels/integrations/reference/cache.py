@@ -184,9 +184,9 @@ def _read(file: Path, size: int) -> Tensor | None:
     try:
         flat = load_file(file)["ref_logps"]
     except Exception as error:
-        raise ValueError(f"{file}: no file of reference log-probs ({error}); remove it to have it computed anew") from error
+        raise ValueError(f"{file}: not a file of reference log-probs ({error}); remove it, and it is computed again") from error
     if flat.shape != (size,):
-        raise ValueError(f"{file}: holds {list(flat.shape)} log-probs, wanted {size}; remove it to have it computed anew")
+        raise ValueError(f"{file}: holds {list(flat.shape)} log-probs, wanted {size}; remove it, and it is computed again")
     return flat
 
 

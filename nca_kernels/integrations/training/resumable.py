@@ -185,10 +185,10 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"resume_from_checkpoint: {found.folder} is not whole: {found.problem}")
         if found.another_run is not None:
             raise ValueError(f"resume_from_checkpoint: {found.folder} is of another run: {found.another_run}")
-        print_main(f"resume   {found.folder}: goes on after step {found.step}")
+        print_main(f"resume   {found.folder}: continues after step {found.step}")
         if found.weights_only:
             print_main(
                 f"resume   {found.folder} holds weights and no optimizer state (save_only_model): the optimizer's moments and the "
-                "learning rate's schedule start anew"
+                "learning rate's schedule start from zero"
             )
         return found.folder
