@@ -68,6 +68,15 @@ def non_negative(name: str, value: object) -> float:
     return _number(name, value, 0, "a finite number >= 0")
 
 
+def share(name: str, value: object) -> float:
+    """The number as a float; ``ValueError`` unless it is in [0, 1)."""
+    wanted = "a number >= 0 and < 1"
+    number = _number(name, value, 0, wanted)
+    if not number < 1:
+        raise ValueError(f"{name}: got {value}, wanted {wanted}")
+    return number
+
+
 def _number(name: str, value: object, least: float, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")

@@ -27,6 +27,7 @@ def linear_token_logps(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
+    skip_mass: float = 0.0,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -34,7 +35,8 @@ def linear_token_logps(
     ``logits = hidden @ weight.T + bias``, which are never held as ``[N, T, V]``.
 
     The cost is 1 GEMM without a gradient, 2 if only ``hidden`` needs one (the head is frozen), and 4 if the head is trained, down
-    to 3 as ``save_budget`` grows. Ignored positions cost no arithmetic.
+    to 3 as ``save_budget`` grows. Ignored positions cost no arithmetic. With ``skip_mass`` it is 1 + 3 f, where f is the share of
+    the logits that backward computes.
 
     Args:
         hidden: ``[N, T, D]`` or ``[M, D]``, any leading dimensions; float32, bfloat16 or float16 (float64 on
@@ -45,6 +47,9 @@ def linear_token_logps(
         logits_dtype: ``torch.float32`` keeps the logits of 16-bit inputs in float32: a log-prob is then accurate to 1e-5 and not
             only to the spacing of its logit. Gradients are still products of 16-bit matrices. ``None``: the dtype of ``hidden``.
         save_budget: bytes of logits that a trained head keeps from forward to backward instead of computing them again; >= 0.
+        skip_mass: in [0, 1), the most probability that backward may leave out of a row's gradient. It leaves out slices of the
+            vocabulary, the row's least probable ones first and never the label's, and computes no GEMM for them
+            (``docs/linear.md`` says when that pays). Values stay exact. 0, backend ``"torch"`` and CUDA graphs leave out nothing.
         tp_group: the process group of a vocabulary-parallel head. ``weight`` and ``bias`` are then this rank's rows, whose number
             may differ between ranks; ``hidden`` and ``labels`` are the same on every rank. For a ``DTensor`` weight sharded on
             dim 0 it is not read: the weight's mesh is the group.
@@ -68,7 +73,7 @@ def linear_token_logps(
     """
     call = _prepare(
         "linear_token_logps", hidden, weight, labels, bias, shift, ignore_index, None, scale, softcap, logits_dtype, save_budget,
-        tp_group, backend,
+        skip_mass, tp_group, backend,
     )  # fmt: skip
     return call.logps()
 
@@ -87,6 +92,7 @@ def linear_sequence_logps(
     softcap: float | None = None,
     logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
+    skip_mass: float = 0.0,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -95,8 +101,8 @@ def linear_sequence_logps(
     :func:`sequence_logps` of ``logits = hidden @ weight.T + bias``, which are never held.
 
     Args:
-        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, tp_group, backend: as in
-            :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients.
+        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, skip_mass, tp_group,
+            backend: as in :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients.
         average, cu_seqlens: as in :func:`sequence_logps`.
 
     Returns:
@@ -114,7 +120,7 @@ def linear_sequence_logps(
     checks.flag("average", average)
     call = _prepare(
         "linear_token_logps", hidden, weight, labels, bias, shift, ignore_index, cu_seqlens, scale, softcap, logits_dtype,
-        save_budget, tp_group, backend,
+        save_budget, skip_mass, tp_group, backend,
     )  # fmt: skip
     return over_sequences(call.logps(), call.labels, ignore_index, average, cu_seqlens)
 
@@ -132,6 +138,7 @@ def linear_token_stats(
     entropy_gradient: bool = False,
     logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
+    skip_mass: float = 0.0,
     tp_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
@@ -142,9 +149,9 @@ def linear_token_stats(
     head is frozen and the entropy has a gradient.
 
     Args:
-        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, tp_group, backend: as in
-            :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients from ``logps``, ``lse`` and,
-            with ``entropy_gradient``, ``entropy``.
+        hidden, weight, labels, bias, shift, ignore_index, scale, softcap, logits_dtype, save_budget, skip_mass, tp_group,
+            backend: as in :func:`linear_token_logps`. ``hidden``, ``weight`` and ``bias`` get gradients from ``logps``, ``lse``
+            and, with ``entropy_gradient``, ``entropy``.
         entropy_gradient: if true, ``entropy`` has a gradient, ``dz_v = - p_v (log p_v + entropy)``; if false, it is detached.
 
     Returns:
@@ -163,7 +170,7 @@ def linear_token_stats(
     checks.flag("entropy_gradient", entropy_gradient)
     call = _prepare(
         "linear_token_stats", hidden, weight, labels, bias, shift, ignore_index, None, scale, softcap, logits_dtype, save_budget,
-        tp_group, backend,
+        skip_mass, tp_group, backend,
     )  # fmt: skip
     if call.settings.backend == "torch":
         return TokenStats(*reference.linear_token_stats(*call.on_torch(), entropy_gradient=entropy_gradient, **call.options()))
@@ -214,6 +221,7 @@ def _prepare(
     softcap: float | None,
     logits_dtype: torch.dtype | None,
     save_budget: int,
+    skip_mass: float,
     tp_group: dist.ProcessGroup | None,
     backend: str | None,
 ) -> _Call:
@@ -225,14 +233,16 @@ def _prepare(
     scale = checks.positive("scale", scale)
     softcap = None if softcap is None else checks.positive("softcap", softcap)
     logits_dtype = _logits_dtype(logits_dtype, hidden.dtype)
+    skip_mass = checks.share("skip_mass", skip_mass)
     name = resolve(op, backend, hidden.device, hidden.dtype)
     if name == "torch" and group:
         raise ValueError("tp_group: backend 'torch' has no vocabulary-parallel head; wanted None or another backend")
     labels = shift_labels(labels.to(torch.int64), shift, ignore_index, cu_seqlens)
     vocab_start, vocab_total = parallel.slice_of(weight.shape[0], labels, group) if group else (0, weight.shape[0])
     settings = Settings(
-        ignore_index, scale, softcap, name, logits_dtype, vocab_start, vocab_total, group, _mode(hidden, weight, bias), save_budget
-    )
+        ignore_index, scale, softcap, name, logits_dtype, vocab_start, vocab_total, group, _mode(hidden, weight, bias, skip_mass),
+        save_budget, skip_mass,
+    )  # fmt: skip
     return _Call(hidden, weight, bias, labels, settings)
 
 
@@ -274,9 +284,12 @@ def _logits_dtype(logits_dtype: torch.dtype | None, dtype: torch.dtype) -> torch
     return logits_dtype
 
 
-def _mode(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+def _mode(hidden: Tensor, weight: Tensor, bias: Tensor | None, skip_mass: float) -> str:
     if not torch.is_grad_enabled():
         return "none"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "trained"
-    return "frozen" if hidden.requires_grad else "none"
+    if not hidden.requires_grad:
+        return "none"
+    # Which slices of the vocabulary stay is known after forward, so u cannot be computed in it.
+    return "trained" if skip_mass > 0 else "frozen"

@@ -29,6 +29,7 @@ class Settings(NamedTuple):
     group: str  # the process group of a vocabulary-parallel head, "" for none
     mode: str  # which inputs need a gradient: "none"; "frozen": hidden alone; "trained": weight or bias
     save_budget: int  # bytes of logits kept from forward to backward
+    skip_mass: float  # the probability that backward may leave out of a row
 
     @property
     def rows(self) -> RowOptions:

@@ -19,6 +19,11 @@ def all_gather(values: Tensor, group: str) -> tuple[int, Tensor]:
     return ranks.rank(), parts
 
 
+def size(group: str) -> int:
+    """The number of ranks."""
+    return process_group(group).size()
+
+
 def all_reduce(values: Tensor, group: str) -> Tensor:
     """The sum over ranks, in place."""
     dist.all_reduce(values, group=process_group(group))

@@ -155,8 +155,11 @@ def _weighted(shares: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a.mul_(shares[0, :, None]).addcmul_(b, shares[1, :, None])
 
 
-def merge_ranks(head: Head, labels: Tensor, stats: Tensor, u: Tensor, w: Tensor, blocks: list[slice]) -> None:
-    """In place: this rank's statistics become the whole vocabulary's, its ``u`` and ``w``, if any, terms of the sum over ranks."""
+def merge_ranks(head: Head, labels: Tensor, stats: Tensor, u: Tensor, w: Tensor, blocks: list[slice]) -> Tensor:
+    """In place: this rank's statistics become the whole vocabulary's, its ``u`` and ``w``, if any, terms of the sum over ranks.
+
+    Returns the probability of this rank's columns, ``[M]``.
+    """
     rank, parts = parallel.all_gather(stats, head.settings.group)
     mine = parts[rank]
     merged, shares = merge(parts)
@@ -173,3 +176,4 @@ def merge_ranks(head: Head, labels: Tensor, stats: Tensor, u: Tensor, w: Tensor,
             shift = _entropy_shift(share[block], entropy, own)
             w[block].addcmul_(mean, -shift[:, None]).mul_(share[block, None])
         u[block].mul_(share[block, None]).addcmul_(dtarget, missing[block, None])
+    return share

@@ -41,10 +41,10 @@ def aligned(columns: int) -> int:
     return -(-columns // ALIGNED) * ALIGNED
 
 
-def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen: bool) -> tuple[int, int]:
+def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen: bool, width: int | None = None) -> tuple[int, int]:
     """Rows and columns of the tiles of logits ``[M, V]`` of ``dtype``; a tile is stored with rows padded to :data:`ALIGNED`.
 
-    Unless the head is ``frozen``, the tile gets half of the bytes, and float32 sums the other half.
+    Unless the head is ``frozen``, the tile gets half of the bytes, and float32 sums the other half. ``width`` gives the columns.
     """
     kind = "cpu" if device.type == "cpu" else "cuda"
     given = os.environ.get("NCA_KERNELS_TILE_BYTES", str(TILE_BYTES[kind]))
@@ -53,11 +53,11 @@ def tile_shape(M: int, V: int, dtype: torch.dtype, device: torch.device, frozen:
     size = int(given) // dtype.itemsize
     if not frozen:
         size //= 2
-    rows = min(M, MOST_ROWS_FROZEN if frozen else MOST_ROWS_TRAINED[kind], size // min(V, ALIGNED))
+    rows = min(M, MOST_ROWS_FROZEN if frozen else MOST_ROWS_TRAINED[kind], size // (width or min(V, ALIGNED)))
     if frozen and size // V >= min(M, LEAST_ROWS_FROZEN):
         rows = min(rows, size // V)
     rows = max(1, rows)
-    return rows, max(1, min(V, size // rows))
+    return rows, width or max(1, min(V, size // rows))
 
 
 def split(total: int, most: int, multiple: int = 1) -> list[slice]:
@@ -83,17 +83,23 @@ def stored_elements(M: int, V: int, save_budget: int, dtype: torch.dtype) -> int
 class Tiling:
     """The blocks of rows, the slices of columns, memory for one tile, and the kept logits (``kept``, flat)."""
 
-    def __init__(self, M: int, V: int, kept: Tensor, operand_dtype: torch.dtype, frozen: bool) -> None:
-        """Tiles have the dtype and device of ``kept``; the operands of their GEMMs have ``operand_dtype``."""
-        rows, columns = tile_shape(M, V, kept.dtype, kept.device, frozen)
+    def __init__(self, M: int, V: int, kept: Tensor, operand_dtype: torch.dtype, frozen: bool, width: int | None = None) -> None:
+        """Tiles have the dtype and device of ``kept``; the operands of their GEMMs have ``operand_dtype``.
+
+        If ``width`` is given, all slices but the last have so many columns, and a slice is kept whole or not at all.
+        """
+        self.rows, columns = tile_shape(M, V, kept.dtype, kept.device, frozen, width)
         stored = V if M * aligned(V) <= kept.numel() else kept.numel() // max(M, 1) // ALIGNED * ALIGNED
         self.store = kept[: M * aligned(stored)].view(M, aligned(stored))[:, :stored]
-        self.blocks = split(M, rows)
-        self.slices = split(stored, columns, ALIGNED)
-        self.slices += [slice(stored + s.start, stored + s.stop) for s in split(V - stored, columns, ALIGNED)]
-        width = max((s.stop - s.start for s in self.slices), default=0)
+        self.blocks = split(M, self.rows)
+        if width is None:
+            self.slices = split(stored, columns, ALIGNED)
+            self.slices += [slice(stored + s.start, stored + s.stop) for s in split(V - stored, columns, ALIGNED)]
+        else:
+            self.slices = [slice(start, min(start + width, V)) for start in range(0, V, width)]
+        widest = max((s.stop - s.start for s in self.slices), default=0)
         self.operand_dtype = operand_dtype
-        self._buffer = kept.new_empty(rows * aligned(width))
+        self._buffer = kept.new_empty(self.rows * aligned(widest))
         self._spare = self._operand = kept.new_empty(0)
 
     def tile(self, block: slice, columns: slice) -> Tensor:
@@ -108,8 +114,12 @@ class Tiling:
 
     def logits(self, block: slice, columns: slice) -> tuple[Tensor, bool]:
         """Memory for a tile's logits, and whether they are kept in it."""
-        kept = columns.stop <= self.store.shape[1]
+        kept = self.keeps(columns)
         return self.store[block, columns] if kept else self.tile(block, columns), kept
+
+    def keeps(self, columns: slice) -> bool:
+        """Whether the logits of a slice are kept."""
+        return columns.stop <= self.store.shape[1]
 
     def operand(self, tile: Tensor) -> Tensor:
         """The tile in the dtype of the GEMMs: itself, or a copy that the next call overwrites."""

@@ -87,6 +87,27 @@ def the_same_numbers_as_alone(rank, ranks, bounds):
         torch.testing.assert_close(share[0], exact[0], rtol=1e-6, atol=1e-5)
 
 
+def skipping(rank, ranks, bounds):
+    """What all ranks leave out of a row together is at most ``skip_mass``, and each rank leaves out something."""
+    hidden, weight, bias, labels = problem()
+    rows = slice(bounds[rank], bounds[rank + 1])
+    exact = run(hidden, weight, bias, labels, frozen=False)
+    upstream = torch.linspace(-1, 2, 38).view(2, 19).abs()
+    for frozen in (True, False):
+        for mass in (1e-30, 0.3):
+            ours = run(hidden, weight[rows], bias[rows], labels, frozen, skip_mass=mass, tp_group=dist.group.WORLD)
+            torch.testing.assert_close(ours[0], exact[0], rtol=1e-5, atol=1e-5)
+            bound = mass * upstream * weight.norm(dim=-1).max()
+            difference = (ours[1] - exact[1]).norm(dim=-1)
+            assert (difference <= bound + 1e-5).all()
+            assert mass < 0.1 or ranks == 4 or (difference > 1e-3).any(), "nothing was left out"
+            for values in ours[:2]:
+                same_bits_everywhere(values, ranks)
+            if not frozen:
+                lost = (ours[2] - exact[2][rows]).norm(dim=-1).sum()
+                assert lost <= mass * (upstream * hidden.norm(dim=-1)).sum() + 1e-4
+
+
 def float16_with_a_likely_label(rank, bounds):
     """With 1 - p = 1e-4 at the label, ``u`` of a frozen head does not underflow in float16 on any rank."""
     hidden, weight, bias, labels = problem()
@@ -148,6 +169,7 @@ def main(rank, ranks, store):
     hidden, weight, _, labels = problem()
     share = weight[bounds[rank] : bounds[rank + 1]]
     the_same_numbers_as_alone(rank, ranks, bounds)
+    skipping(rank, ranks, bounds)
     float16_with_a_likely_label(rank, bounds)
     one_collective_a_pass(share, hidden, labels)
     dtensors(ranks)

@@ -1,6 +1,7 @@
 """model_logps for Hugging Face models, against log-probs from each model's own ``.logits``."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_token_stats(name, compiled):
     assert ours_grads.keys() == grads.keys() and grads
     for key, grad in grads.items():
         assert (ours_grads[key] - grad).abs().max() <= 1e-6 * grad.abs().max(), key
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_skip_mass(frozen):
+    """It reaches the head: the log-probs are the same, and gradients differ, but not by more than they should."""
+    model, inputs = tiny("llama"), batch()
+    model.lm_head.weight.requires_grad_(not frozen)
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
+    exact, exact_grads = values_and_grads(model_logps, model, inputs, upstream)
+    for mass, low, high in ((1e-30, 0.0, 1e-5), (0.3, 1e-3, 0.5)):
+        for function in (model_logps, lambda *a, **k: model_token_stats(*a, **k).logps):
+            ours, grads = values_and_grads(partial(function, skip_mass=mass), model, inputs, upstream)
+            torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+            for name, grad in exact_grads.items():
+                assert low * grad.norm() <= (grads[name] - grad).norm() <= high * grad.norm(), name
 
 
 def assert_restored(model):

@@ -238,7 +238,7 @@ def test_opcheck(kernels, mode):
     hidden, weight, bias, labels = hidden[1, :5], weight[:128], bias[:128], labels[1, :5] % 128
     leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip((hidden, weight, bias), MAIN[mode], strict=True)]
     budget = 5 * len(weight) * 4  # all of the logits, for the same reason
-    options = (-100, 0.5, 3.0, kernels.name, hidden.dtype, 0, len(weight), "", mode, budget)
+    options = (-100, 0.5, 3.0, kernels.name, hidden.dtype, 0, len(weight), "", mode, budget, 0.0)
     torch.library.opcheck(OPS.linear_token_logps, (*leaves, labels, *options))
 
 

@@ -166,7 +166,7 @@ def test_opcheck(kernels, mode, entropy_gradient):
     hidden, weight, bias, labels = (t.to(kernels.device) for t in _problem(kernels))
     hidden, weight, bias, labels = hidden[1, :5], weight[:128], bias[:128], labels[1, :5] % 128
     leaves = [t.clone().requires_grad_(bool(n)) for t, n in zip((hidden, weight, bias), CASES[mode], strict=True)]
-    settings = (-100, 0.5, 3.0, kernels.name, hidden.dtype, 0, len(weight), "", mode, 5 * len(weight) * 4)
+    settings = (-100, 0.5, 3.0, kernels.name, hidden.dtype, 0, len(weight), "", mode, 5 * len(weight) * 4, 0.0)
     torch.library.opcheck(OPS.linear_token_stats, (*leaves, labels, entropy_gradient, *settings))
 
 

@@ -106,6 +106,18 @@ def test_logits_of_a_low_precision_model_in_float32(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
+def test_skip_mass(tmp_path):
+    """It changes gradients a little and log-probs not at all, so the first loss is the same and the reference's cache, too."""
+    rows, cache = make_rows(6), {"reference_cache_dir": str(tmp_path / "cache")}
+    exact = trained(tmp_path / "exact", rows, max_steps=1, **cache)
+    ours = trained(tmp_path / "ours", rows, max_steps=1, skip_mass=0.3, **cache)
+    assert logged(ours, "loss") == pytest.approx(logged(exact, "loss"), rel=1e-6)
+    start, name = tiny("llama").state_dict(), "model.embed_tokens.weight"
+    change, difference = weights(exact)[name] - start[name], weights(ours)[name] - weights(exact)[name]
+    assert 1e-3 * change.norm() < difference.norm() < 0.5 * change.norm()
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 1
+
+
 @pytest.mark.parametrize("loss", ["nca", "dpo", "kto"])
 def test_accumulation(loss, tmp_path):
     """4 prompts at once, 2 x 2 and 4 x 1, with ragged K and an uneven end, are the same steps."""

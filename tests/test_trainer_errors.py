@@ -36,6 +36,7 @@ def _users_dispatch(default_dispatch):
         ({"reference": "none"}, "reference: got 'none'"),
         ({"max_length": 3}, "max_length: got 3"),
         ({"save_budget": -1}, "save_budget: got -1"),
+        ({"skip_mass": 1.0}, "skip_mass: got 1.0, wanted a number >= 0 and < 1"),
         ({"logits_dtype": "bfloat16"}, "logits_dtype: got 'bfloat16', wanted one of 'float32'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, wanted 0"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy: got 'batch_rebalance'"),

@@ -2,7 +2,7 @@
 
 In mode "frozen" (only ``hidden`` needs a gradient) forward computes the derivatives ``u`` and ``w``, which backward scales. In mode
 "trained" backward takes the logits from ``kept`` or computes them again. ``indices`` and ``number`` say which rows have a label
-(:class:`nca_kernels.linear.Rows`).
+(:class:`nca_kernels.linear.Rows`), ``order`` and ``stays`` which slices backward computes (:class:`nca_kernels.skipping.Forward`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, linear, memory, tiles
+from .. import checks, linear, memory, skipping, tiles
 from ..linear_head import Head, Settings, Upstream
 from ..slices import logps_of
 from .library import LIBRARY, define, differentiable, fields, no_second_derivative
@@ -27,6 +27,8 @@ class Saved(NamedTuple):
     kept: Tensor
     indices: Tensor
     number: Tensor
+    order: Tensor  # as stays, empty unless backward leaves out slices (nca_kernels.skipping)
+    stays: Tensor
 
 
 def run_forward(
@@ -37,9 +39,14 @@ def run_forward(
         checks.vocabulary(labels, settings.ignore_index, settings.vocab_total)
     rows = linear.labelled_rows(labels, settings.ignore_index)
     kept = memory.empty((_room_for_logits(hidden, weight, settings),), settings.logits_dtype, hidden.device)
-    passed = linear.forward(Head(weight, bias, settings), hidden, labels, rows, kept, stat_rows, with_entropy)
+    head = Head(weight, bias, settings)
     indices = rows.indices if settings.mode == "trained" else labels.new_empty(0)
-    return Saved(*passed, kept, indices, rows.number)
+    if skipping.is_used(settings):
+        stats, order, stays = skipping.forward(head, hidden, labels, rows, kept, stat_rows)
+        u, w = stats.new_empty(0, hidden.shape[1]), stats.new_empty(0, hidden.shape[1])
+        return Saved(stats, u, w, kept, indices, rows.number, order, stays)
+    passed = linear.forward(head, hidden, labels, rows, kept, stat_rows, with_entropy)
+    return Saved(*passed, kept, indices, rows.number, labels.new_empty(0), labels.new_empty((0, 0), dtype=torch.bool))
 
 
 def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Settings, stat_rows: int, with_entropy: bool) -> Saved:
@@ -50,7 +57,10 @@ def fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, settings: Setti
     stats, u, w = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
     indices = torch.empty_like(labels) if settings.mode == "trained" else labels.new_empty(0)
     kept = hidden.new_empty(_room_for_logits(hidden, weight, settings), dtype=settings.logits_dtype)
-    return Saved(stats, u, w, kept, indices, torch.empty(1, dtype=torch.int64))
+    V = weight.shape[0] if skipping.is_used(settings) else 0
+    order = labels.new_empty(V)
+    stays = labels.new_empty(skipping.stays_shape(M, V) if V else (0, 0), dtype=torch.bool)
+    return Saved(stats, u, w, kept, indices, torch.empty(1, dtype=torch.int64), order, stays)
 
 
 def _room_for_logits(hidden: Tensor, weight: Tensor, settings: Settings) -> int:
@@ -105,7 +115,11 @@ def linear_trained_bwd(
     saved, needs, settings = _unpacked(arguments)
     upstream = _upstream(dlogps, dlse, dentropy, labels)
     rows = linear.Rows(saved.indices, saved.number)
-    return linear.backward(Head(weight, bias, settings), upstream, hidden, labels, saved.stats, rows, saved.kept, needs)
+    head = Head(weight, bias, settings)
+    if skipping.is_used(settings):
+        chosen = saved.order, saved.stays
+        return skipping.backward(head, upstream, hidden, labels, saved.stats, rows, saved.kept, *chosen, needs)
+    return linear.backward(head, upstream, hidden, labels, saved.stats, rows, saved.kept, needs)
 
 
 def _unpacked(arguments: tuple[Any, ...]) -> tuple[Saved, Any, Settings]:

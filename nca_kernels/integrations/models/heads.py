@@ -45,6 +45,7 @@ def model_logps(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
+    skip_mass: float = 0.0,
     backend: str | None = None,
     **inputs: Any,
 ) -> Tensor:
@@ -58,7 +59,7 @@ def model_logps(
         input_ids, attention_mask: ``[N, T]``, as the model takes them.
         labels: int64 ``[N, T]``, the input ids, with ``ignore_index`` at the positions that have no label.
         shift: 1, the Hugging Face convention: position ``t`` holds the log-prob of ``labels[:, t + 1]``, the last one 0.
-        ignore_index, logits_dtype, save_budget, backend: as in :func:`nca_kernels.linear_token_logps`.
+        ignore_index, logits_dtype, save_budget, skip_mass, backend: as in :func:`nca_kernels.linear_token_logps`.
         inputs: further arguments of the model's forward (``position_ids``, ``pixel_values``, ...).
 
     Returns:
@@ -83,7 +84,8 @@ def model_logps(
         True
     """
     options: dict[str, Any] = {
-        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
+        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget,
+        "skip_mass": skip_mass, "backend": backend,
     }  # fmt: skip
     with logps_for_logits(model, labels, **options):
         return _output_logits(model, input_ids, attention_mask, inputs)
@@ -99,6 +101,7 @@ def model_token_stats(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
+    skip_mass: float = 0.0,
     backend: str | None = None,
     **inputs: Any,
 ) -> TokenStats:
@@ -113,7 +116,8 @@ def model_token_stats(
     Source: ``docs/math.md``, section 2.
     """
     options: dict[str, Any] = {
-        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
+        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget,
+        "skip_mass": skip_mass, "backend": backend,
     }  # fmt: skip
     with _replaced_head(model, labels, options, with_stats=True) as swap:
         logps = _output_logits(model, input_ids, attention_mask, inputs)
@@ -146,6 +150,7 @@ def logps_for_logits(
     ignore_index: int = -100,
     logits_dtype: torch.dtype | None = None,
     save_budget: int = 0,
+    skip_mass: float = 0.0,
     backend: str | None = None,
 ) -> Iterator[None]:
     r"""Within it, ``model(...).logits`` are the token log-probs ``[N, T]`` of ``labels``: :func:`model_logps` for a trainer.
@@ -158,7 +163,8 @@ def logps_for_logits(
             logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     """
     options: dict[str, Any] = {
-        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget, "backend": backend,
+        "shift": shift, "ignore_index": ignore_index, "logits_dtype": logits_dtype, "save_budget": save_budget,
+        "skip_mass": skip_mass, "backend": backend,
     }  # fmt: skip
     with _replaced_head(model, labels, options, with_stats=False):
         yield

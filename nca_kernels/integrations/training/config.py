@@ -62,6 +62,8 @@ class NCAConfig(TrainingArguments):
         logits_dtype: ``"float32"``: logits of a 16-bit head are kept in float32, so that a log-prob is right to 1e-5
             (:func:`nca_kernels.linear_token_logps`); ``None``: in the dtype of the head's input.
         save_budget: bytes of logits tiles that a trained head keeps (:func:`nca_kernels.linear_token_logps`).
+        skip_mass: in [0, 1), the most probability that the head's backward may leave out of a token's gradient; 0: exact
+            (:func:`nca_kernels.linear_token_logps`).
         token_metrics: add the metrics ``entropy/best`` and ``token_accuracy/best``, of the tokens of the best-scored responses
             (:class:`~nca_kernels.integrations.training.metrics.GroupMetrics`). They are read off the logits that the loss needs
             anyway, which then cost one more sum over the vocabulary; the loss and its gradients stay the same.
@@ -110,6 +112,7 @@ class NCAConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | None = _option(None, "keywords of from_pretrained: dtype, attn_implementation, ...")
     logits_dtype: str | None = _option(None, "float32: keep the logits of a 16-bit head in float32; None: in its own dtype")
     save_budget: int = _option(0, "bytes of logits tiles that a trained head keeps")
+    skip_mass: float = _option(0.0, "probability that the head's backward may leave out of a token's gradient, in [0, 1); 0: exact")
     max_bad_losses: int = _option(3, "NaN or infinite losses in a row that stop the run, >= 1")
     token_metrics: bool = _option(False, "add entropy and token accuracy of the best responses to the metrics")
     sample_prompts: int = _option(0, "held-out prompts that are sampled at every evaluation")
@@ -129,6 +132,7 @@ class NCAConfig(TrainingArguments):
         check_terms(self.loss, self.label_smoothing, self.nll_weight)
         checks.one_of("reference", self.reference, REFERENCES)
         checks.flag("token_metrics", self.token_metrics)
+        checks.share("skip_mass", self.skip_mass)
         if self.logits_dtype is not None:
             checks.one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
         for name, low in (
@@ -181,6 +185,7 @@ class NCAConfig(TrainingArguments):
         return {
             "logits_dtype": None if self.logits_dtype is None else LOGITS_DTYPES[self.logits_dtype],
             "save_budget": self.save_budget,
+            "skip_mass": self.skip_mass,
         }
 
     def row_options(self) -> RowOptions:

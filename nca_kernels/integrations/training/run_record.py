@@ -29,6 +29,7 @@ _DECISIVE = (
     *("loss", "beta", "alpha", "pairs", "average", "reference", "max_grad_norm", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "warmup_steps", "gradient_accumulation_steps"),
     *("per_device_train_batch_size", "train_sampling_strategy", "label_smoothing", "nll_weight", "logits_dtype"),
+    "skip_mass",
 )
 # Settings of one start of a run, and secrets.
 _NOT_SETTINGS = {"resume_from_checkpoint", "hub_token", "push_to_hub_token", "local_rank"}
