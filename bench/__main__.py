@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from . import schema
 from .measure import Budget, failed, measure
 from .summary import lacking, summary
 
-SUITES = ("logps", "group", "linear", "step", "tune")
+SUITES = ("logps", "group", "linear", "skip", "step", "tune")
 RESULTS = Path(__file__).parent / "results"
 SECONDS = {"cpu": 30.0, "cuda": 1.5}  # for each problem
 
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument(
                 "--case", help='of the cases only those whose name has this text, "K=4 1:1" for one; others stay stored'
             )
+        if name == "skip":
+            command.add_argument("--model", help="a folder of transformers; default: a small model, trained now")
+            command.add_argument("--text", help="a file for the model of --model; other models stay stored")
     command = commands.add_parser("numerics", help="errors against float64, not times")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--out", type=Path, default=RESULTS)
@@ -66,6 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
             names, cases = list(map(str, cases)), [case for case in cases if text in str(case)]
             if not cases:
                 parser.error(f"--case: got {text!r}, wanted text of one of these: {'; '.join(names)}")
+        if options.command == "skip" and (options.model or options.text):
+            if not (options.model and options.text):
+                parser.error("--model and --text: got one of them, wanted both or neither")
+            cases = [replace(case, model=options.model, text=options.text) for case in cases]
         file = run(options.command, options.device, cases, budget, out)
         print("stored", file)
         if reasons := lacking(schema.load(file)):
@@ -76,13 +84,13 @@ def _suite(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -> Path:
+def run(name: str, device: str, cases: list, budget: Budget, out: Path) -> Path:
     """Measure the cases of a suite; return the path of its JSON."""
     warnings.filterwarnings("ignore", module="torch")  # other packages warn at every call
     torch.manual_seed(0)
     started = time.monotonic()
     document: dict[str, Any] = {"header": schema.header(name, device), "rows": []}
-    if name == "step":
+    if name in ("skip", "step"):
         document["rows"] = schema.stored_rows(out, document, without=set(map(str, cases)))
     print(", ".join(f"{key} {value}" for key, value in document["header"].items() if value is not None), "\n")
     for rows in (rows for case in cases for rows in _measured(name, device, case, budget)):
@@ -96,8 +104,8 @@ def run(name: str, device: str, cases: list[tuple], budget: Budget, out: Path) -
 def _measured(name: str, device: str, case: tuple, budget: Budget) -> Iterator[list[dict]]:
     """The rows of each problem of a case, or one row with the reason if making its inputs or truth fails (out of memory, say)."""
     try:
-        if name == "step":
-            yield schema.rows(name, *_suite(name).measured(case, device, budget.seconds))
+        if name in ("skip", "step"):
+            yield schema.rows(name, *_suite(name).measured(case, device, budget))
             return
         for problem, implementations in _suite(name).problems(device, [case]):
             yield schema.rows(name, problem, measure(problem, implementations, budget))

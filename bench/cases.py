@@ -33,6 +33,7 @@ class Implementation:
     build: Callable[[], Call]
     negated: bool = False  # it returns losses, and the problem asks for log-probs
     inplace: bool = False  # its backward overwrites the leaves
+    tolerance: float | None = None  # of the gradients, if they are approximate on purpose
 
 
 @dataclass(frozen=True)

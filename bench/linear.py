@@ -69,7 +69,7 @@ def problem(name: str, rows: int, width: int, vocab: int, dtype: str, ignored: b
         pass_name="fwd+bwd" if leaves else "fwd",
         dtype=dtype,
         tensors={"hidden": hidden, "weight": weight, "labels": labels},
-        truth=_truth(hidden, weight, labels, upstream, leaves),
+        truth=gradient_truth(hidden, weight, labels, upstream, leaves),
         leaves=leaves,
         upstream=upstream,
         kind="flop",
@@ -80,7 +80,8 @@ def problem(name: str, rows: int, width: int, vocab: int, dtype: str, ignored: b
     )
 
 
-def _truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor | None, leaves: tuple[str, ...]) -> Truth:
+def gradient_truth(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor | None, leaves: tuple[str, ...]) -> Truth:
+    """The truth of the log-probs and of the gradients of ``leaves``."""
     weight64 = weight.double()
     truth = LogpTruth(lambda start, stop: hidden[start:stop].double() @ weight64.t(), len(weight), labels, upstream)
     values, dhidden, dweight = [], [], torch.zeros_like(weight64)
@@ -113,6 +114,11 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
             for percent in (25, 50, 75, 100)
             for budget in [logits_bytes * percent // 100]
         ]
+    return mine + peers(device)
+
+
+def peers(device: str) -> list[Implementation]:
+    """Plain PyTorch and other packages."""
 
     def plain() -> Call:
         return lambda tensors: plain_logps(F.linear(tensors["hidden"], tensors["weight"]), tensors["labels"])
@@ -164,7 +170,6 @@ def implementations(device: str, dtype: torch.dtype, case: str, logits_bytes: in
         )
 
     return [
-        *mine,
         Implementation("plain", plain),
         Implementation("F.cross_entropy", cross_entropy, negated=True),
         Implementation("F.linear_cross_entropy", linear_cross_entropy, negated=True),

@@ -27,7 +27,7 @@ def plot(results: Path, images: Path) -> list[Path]:
         if not groups or document["header"]["suite"] == "tune":  # no times, or settings, which suit a table
             continue
         stem = images / f"{file.parent.name}-{file.stem}"
-        if document["header"]["suite"] == "linear":
+        if document["header"]["suite"] in ("linear", "skip"):
             drawn.append(_bars(document, groups, "units", "time in GEMMs U, less is better", f"{stem}-time.png"))
             drawn += _save_budget(document, f"{stem}-save-budget.png")
         else:

@@ -60,6 +60,7 @@ ROW: dict[str, Kind] = {
     "error": NUMBER,  # of the values against float64, in units of 1 + |truth|
     "grad_error": NUMBER,  # of the gradients against float64, in units of the largest gradient
     "padding": NUMBER,  # the share of an epoch's positions that is padding
+    "computed": NUMBER,  # the share of the logits that backward computes with skip_mass
 }
 PLAIN, OURS = "plain", "nca_kernels"
 SIDE_ROWS = re.compile(f"^{CEILING}| again$|save_budget")  # rows that are not compared with other packages
@@ -143,6 +144,7 @@ def rows(suite: str, problem: Problem, outcomes: list[Outcome]) -> list[dict]:
                 "error": _finite(outcome.error),
                 "grad_error": _finite(outcome.grad_error),
                 "padding": outcome.padding,
+                "computed": outcome.computed,
             }
         )
     return result
@@ -207,7 +209,8 @@ def write(folder: Path, document: dict) -> Path:
 def load(file: Path) -> dict:
     document = json.loads(file.read_text())
     for row in document["rows"]:
-        row.setdefault("padding", None)  # results from before 2026-11-30 do not have it
+        for later in ("padding", "computed"):  # results from before 2026-11-30 do not have them
+            row.setdefault(later, None)
     check(document)
     return document
 
@@ -221,6 +224,7 @@ COLUMNS = {
     "vs plain": ("speedup", "{:.2f}x"),
     "tokens/s": ("tokens_per_second", "{:.0f}"),
     "padding": ("padding", "{:.0%}"),
+    "computed": ("computed", "{:.0%}"),
     "peak MiB": ("peak_mib", "{:.0f}"),
     "results": ("result_mib", "{:.0f}"),
     "error": ("error", "{:.1e}"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from nca_kernels.dispatch import resolve
 
 from .cases import Problem, value_error
-from .measure import TOLERANCE, Outcome, reported
+from .measure import TOLERANCE, Budget, Outcome, reported
 from .memory import peak_extra, poisoned, release
 from .step_data import STEPS, Row, long_tailed_rows, padding, sample, sequences
 from .step_ways import ALL_LOGITS, Way, by_length, ours, plain, trl, truth
@@ -93,8 +93,11 @@ def process() -> Executor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def measured(case: Case, device: str, seconds: float) -> tuple[Problem, list[Outcome]]:
-    """Measure a case for one round of all steps and more until ``seconds`` are over; return the arguments of ``schema.rows``."""
+def measured(case: Case, device: str, budget: Budget) -> tuple[Problem, list[Outcome]]:
+    """Measure a case for one round of all steps and more until the budget's seconds are over.
+
+    Returns the arguments of ``schema.rows``.
+    """
     rows = _rows(case)
     checked = _sample(rows, by_length(rows, case.prompts), case, share_prompt=False)[0]
     problem = Problem(
@@ -113,7 +116,7 @@ def measured(case: Case, device: str, seconds: float) -> tuple[Problem, list[Out
         with ExitStack() as stack:
             contestants = [_Contestant(outcome, stack.enter_context(process())) for outcome in together]
             _check(contestants, problem, checked, case, device)
-            _take_turns([each for each in contestants if each.outcome.status == "ok"], seconds)
+            _take_turns([each for each in contestants if each.outcome.status == "ok"], budget.seconds)
     return problem, outcomes
 
 

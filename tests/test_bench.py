@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import save_tiny_model
 
 import nca_kernels
 from bench import __main__ as command
-from bench import group, memory, plot, schema, step, step_data, step_ways, syncs, tune
+from bench import group, memory, plot, schema, skip, step, step_data, step_ways, syncs, tune
 from bench.cases import Implementation, Unsupported
 from bench.measure import Budget, measure
 from bench.summary import lacking, summary
@@ -65,7 +66,7 @@ def _run(suite, tmp_path, cases=None):
     return document, {(row["implementation"], row["status"]) for row in document["rows"]}
 
 
-@pytest.mark.parametrize("suite", [suite for suite in command.SUITES if suite != "tune"])
+@pytest.mark.parametrize("suite", [suite for suite in command.SUITES if suite not in ("tune", "skip")])
 def test_suite_stores_rows_that_can_be_drawn(suite, tmp_path, figures):
     document, status = _run(suite, tmp_path)
     mine = TRAINERS if suite == "step" else "nca_kernels cpu"
@@ -76,6 +77,20 @@ def test_suite_stores_rows_that_can_be_drawn(suite, tmp_path, figures):
     plot.plot(tmp_path, tmp_path / "img")
     assert len(figures) == len(list((tmp_path / "img").glob("*.png"))) > 0
     assert not any(map(_overlaps, figures))
+
+
+def test_skip_measures_a_model_over_text(tmp_path, figures):
+    folder = tmp_path / "models" / "tiny"
+    save_tiny_model(folder)
+    text = tmp_path / "text"
+    text.write_text("what can be left out is a property of the text. " * 40)
+    cases = [skip.Case("held-out text", False, str(folder), str(text))]
+    document, status = _run("skip", tmp_path, cases)
+    assert {("nca_kernels cpu", "ok"), ("nca_kernels cpu, skip_mass 2^-6", "ok"), ("plain", "ok")} <= status
+    shares = [row["computed"] for row in document["rows"] if "skip_mass" in row["implementation"]]
+    assert 0 < shares[0] <= shares[-1] <= 1
+    plot.plot(tmp_path, tmp_path / "img")
+    assert len(figures) == len(list((tmp_path / "img").glob("*.png"))) > 0 and not any(map(_overlaps, figures))
 
 
 def _overlaps(figure):
@@ -149,7 +164,7 @@ def test_a_step_has_its_truth_row_by_row_and_leaves_its_model_as_it_was(monkeypa
 def test_a_contestant_that_is_wrong_is_not_timed(monkeypatch):
     right = step_ways.truth
     monkeypatch.setattr(step, "truth", lambda model, batch: right(model, batch) + 1e-3)
-    _, outcomes = step.measured(CASE, "cpu", 0.0)
+    _, outcomes = step.measured(CASE, "cpu", ONCE)
     assert {(outcome.status.partition(":")[0], len(outcome.times)) for outcome in outcomes} == {("wrong", 0), ("unsupported", 0)}
 
 
