@@ -147,6 +147,7 @@ LAYERS = [
     "losses",
     "segments",
     "ops",
+    "skipping",
     "linear",
     "slices",
     "linear_head",
