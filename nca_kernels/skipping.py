@@ -199,10 +199,10 @@ class _OrderedHead:
 
 
 def _stay(shares: Tensor, mass: float) -> Tensor:
-    """All but a row's smallest ``shares [S, M]``, as many as sum to at most ``mass``. Where a share is NaN, every slice stays."""
+    """All but a row's smallest ``shares [S, M]``, as many as sum to at most ``mass``; all of them if they are NaN."""
     ascending, slices = shares.t().sort(dim=1, stable=True)
     left_out = torch.empty_like(slices, dtype=torch.bool).scatter_(1, slices, ascending.cumsum(1) <= mass)
-    return ~left_out.t() | shares.isnan().any(0)
+    return ~left_out.t()
 
 
 def _holds(places: Tensor, head: Head) -> Tensor:
