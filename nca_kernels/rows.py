@@ -65,7 +65,7 @@ def three_dimensional(logits: Tensor) -> Tensor:
         return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:]) if logits.ndim > 3 else logits
     except RuntimeError:
         raise ValueError(
-            f"logits: shape {list(logits.shape)} with strides {list(logits.stride())} is no view of [N, T, V]; wanted "
+            f"logits: shape {list(logits.shape)} with strides {list(logits.stride())} is not a view of [N, T, V]; wanted "
             "leading dimensions that collapse without a copy"
         ) from None
 

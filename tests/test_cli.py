@@ -174,8 +174,8 @@ def test_usage_errors_name_key_place_and_what_was_wanted(case, capsys):
 def test_a_config_that_is_none(capsys):
     for text, message in (
         ("model: [", "run.yaml: not YAML: while parsing"),
-        ("model: m\nmodel: n\ndata: d", "run.yaml: not YAML: the key 'model' stands there 2 times, wanted once"),
-        ("lora: {r: 1, r: 2}\nmodel: m", "run.yaml: not YAML: the key 'r' stands there 2 times"),
+        ("model: m\nmodel: n\ndata: d", "run.yaml: not YAML: the key 'model' occurs 2 times, wanted once"),
+        ("lora: {r: 1, r: 2}\nmodel: m", "run.yaml: not YAML: the key 'r' occurs 2 times"),
         ("", "run.yaml: got NoneType, wanted lines of key: value"),
         ("model: m", "run.yaml: no data; wanted it there, or as --data on the command line"),
     ):
@@ -347,8 +347,8 @@ def test_scores_without_a_reference_or_scores(models, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "./gone", "--data", "data.jsonl"], "tokenizer: './gone' is no folder or hub name that loads"),
-        (["--model", ".", "--data", "data.jsonl"], "tokenizer: '.' is no folder or hub name that loads"),
+        (["--model", "./gone", "--data", "data.jsonl"], "tokenizer: './gone' cannot be loaded as a folder or hub name"),
+        (["--model", ".", "--data", "data.jsonl"], "tokenizer: '.' cannot be loaded as a folder or hub name"),
         (["--model", "{model}", "--data", "gone.jsonl"], "gone.jsonl: no such file"),
         (["--model", "{model}", "--data", "bad.jsonl"], "bad.jsonl: row 3, column responses[1]: empty text"),
         (["--model", "{model}", "--data", "gone.parquet"], "gone.parquet: no such file"),

@@ -255,5 +255,7 @@ def test_models_that_mix_packed_sequences_are_refused(name):
 def test_attention_without_masks_is_refused():
     model = tiny("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="runs attention 'flash_attention_2', which takes no tree mask; wanted .*eager, sdpa"):
+    with pytest.raises(
+        ValueError, match="runs attention 'flash_attention_2', which does not take a mask of a tree; wanted .*eager, sdpa"
+    ):
         check_layout(model, groups(), GroupCollator(PAD, "share_prompt"))

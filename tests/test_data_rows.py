@@ -325,7 +325,7 @@ def test_a_prompt_that_merges_whole_into_its_response_is_a_bad_row(tmp_path):
     plain = tokenizer()
     plain.backend_tokenizer.post_processor = None
     groups = load_groups(jsonl(tmp_path, {"prompt": "t", "responses": ["he end", " no"], "scores": [1, 0]}, PLAIN))
-    with pytest.raises(ValueError, match="data.jsonl: row 1, column prompt: its tokens 't' are none of the tokens"):
+    with pytest.raises(ValueError, match="data.jsonl: row 1, column prompt: its tokens 't' are not the first tokens"):
         tokenize_groups(groups, plain)
     assert len(tokenize_groups(groups, plain, skip_bad_rows=True).rows) == 1
 

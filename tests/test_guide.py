@@ -138,7 +138,7 @@ def test_failed_runs_say_why_in_one_line(user, capsys, monkeypatch):
     for words, message in (
         (["--data", "bad.jsonl"], "bad.jsonl: row 7, column scores: got 1 scores for 2 responses"),
         (["--data", "gone.jsonl"], "gone.jsonl: no such file"),
-        (["--model", "./gone"], "'./gone' is no folder or hub name that loads"),
+        (["--model", "./gone"], "'./gone' cannot be loaded as a folder or hub name"),
         (["--eval_data", "null"], "eval_dataset"),
         (
             ["--model_init_kwargs", "{dtype: bf17}"],

@@ -104,7 +104,7 @@ def test_nothing_to_resume(tmp_path, scored, capsys):
     run(tmp_path, rows=scored, save_strategy="no")
     assert run(tmp_path, True, scored, save_strategy="no").state.global_step == 3
     assert "has no whole checkpoint yet: the run starts at step 0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="resume_from_checkpoint: got nope, which is no folder"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint: got nope, which is not a folder"):
         run(tmp_path, "nope", scored)
 
 

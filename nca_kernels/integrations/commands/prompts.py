@@ -41,7 +41,7 @@ def read_prompts(data: Path) -> list[PromptRow]:
         raise ValueError(f"data: got {data}, wanted {files.WANTED}")
     rows = [_row(data, number, text, problem) for number, text, problem in files.records(data)]
     if not rows:
-        raise ValueError(f"{data}: no rows, wanted one prompt a row")
+        raise ValueError(f"{data}: no rows, wanted one prompt per row")
     return rows
 
 

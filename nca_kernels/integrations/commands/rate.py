@@ -110,7 +110,7 @@ def _load_function(function: str) -> Function:
     file, name = _function_file(function), function.rpartition(":")[2]
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"function: {file} is no Python file")
+        raise ValueError(f"function: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -157,7 +157,7 @@ def _load_reward_model(name: str) -> PreTrainedModel:
     try:
         model = AutoModelForSequenceClassification.from_pretrained(name, **({} if on_gpu else {"dtype": torch.float32}))
     except (OSError, ValueError) as error:
-        raise type(error)(f"reward_model: {name!r} is no folder or hub name that loads: {error}") from error
+        raise type(error)(f"reward_model: {name!r} cannot be loaded as a folder or hub name: {error}") from error
     if model.config.num_labels != 1:
         raise ValueError(f"reward_model: {name!r} has {model.config.num_labels} outputs, wanted 1")
     return model.to("cuda" if on_gpu else "cpu").eval()

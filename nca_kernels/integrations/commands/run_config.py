@@ -131,7 +131,7 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands there {keys.count(key)} times, wanted once")
+                raise yaml.YAMLError(f"the key {key!r} occurs {keys.count(key)} times, wanted once")
         return super().construct_mapping(node, deep)
 
 

@@ -67,7 +67,9 @@ def score_file(
         row, (problem, *_) = next(iter(groups.dropped.items()))
         raise ValueError(f"{data}: row {row}, {problem}")
     if len(lines) != len(rows):
-        raise ValueError(f"{data}: got {len(lines)} rows for {len(rows)} prompts, wanted a row a prompt with all its responses")
+        raise ValueError(
+            f"{data}: got {len(lines)} rows for {len(rows)} prompts, wanted one row for each prompt, with all its responses"
+        )
     settings = _settings(model)
     if max_length is None:
         max_length = settings.get("max_length")

@@ -117,7 +117,7 @@ def _valid_unicode(column: str, value: object) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(column, f"a lone surrogate ({text[error.start]!a}), which is no Unicode text") from None
+        raise BadRow(column, f"a lone surrogate ({text[error.start]!a}), which is not Unicode text") from None
 
 
 def from_transcript(text: object) -> list[Message] | None:

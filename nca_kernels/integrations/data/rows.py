@@ -211,7 +211,7 @@ def _refuse_without_preference(name: str, rows: Dataset) -> None:
     without = sum(len(set(scores)) < 2 for scores in rows["scores"])
     if without == len(rows):
         raise ValueError(
-            f"{name}: no row has two responses with different scores, so there is nothing to learn from; wanted two or more "
+            f"{name}: no row has two responses with different scores, so nothing can be learned from them; wanted two or more "
             "responses to a prompt, or loss kto for single responses with labels"
         )
     if without:

@@ -84,8 +84,8 @@ def refuse_unless_tree(model: nn.Module) -> None:
     kinds = set(getattr(config, "layer_types", None) or []) - _LAYERS
     if is_stateful(core) or kinds:
         raise ValueError(
-            f"share_prompt: {name} carries a state from token to token, or attends by a scheme of its own"
-            f"{''.join(f', {kind!r}' for kind in sorted(kinds))}: it would run from one response into the next. Wanted full or "
+            f"share_prompt: {name} carries a state from token to token, or has its own kind of attention"
+            f"{''.join(f', {kind!r}' for kind in sorted(kinds))}: which would leak from one response into the next; wanted full or "
             "sliding-window attention"
         )
     if "position_ids" not in inspect.signature(core.forward).parameters:
@@ -93,7 +93,7 @@ def refuse_unless_tree(model: nn.Module) -> None:
     attention = attention_implementation(config)
     if attention not in _ATTENTION:
         raise ValueError(
-            f"share_prompt: {name} runs attention {attention!r}, which takes no tree mask; wanted "
+            f"share_prompt: {name} runs attention {attention!r}, which does not take a mask of a tree; wanted "
             f"attn_implementation one of {', '.join(_ATTENTION)}"
         )
 

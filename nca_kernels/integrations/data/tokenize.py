@@ -112,7 +112,7 @@ def tokenize_groups(
             origins = Dataset.from_dict({"file": [None] * len(rows), "row": list(range(1, len(rows) + 1))})
         report("rows", origins, problems, skip_bad_rows)
         if len(problems) == len(rows):
-            raise ValueError(f"rows: none that this tokenizer can write; the first: {problems[0]}")
+            raise ValueError(f"rows: none of them can be tokenized; the first: {problems[0]}")
         made = made.select([i for i in range(len(made)) if i not in problems])
     counts = {name: sum(made[name]) for name in _COUNTS}
     tokenized = TokenizedGroups(rows=made.remove_columns(["problem", *_COUNTS]), skipped=problems, **counts)
@@ -185,7 +185,7 @@ def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase, limits: tuple[int,
     shared = min(_common_prefix(prompt, ids[:-1]) for ids in whole)
     if shared == 0:
         alone, together = (tokenizer.decode(ids)[:80] for ids in (prompt, whole[0]))
-        raise BadRow("prompt", f"its tokens {alone!r} are none of the tokens of prompt and response together, {together!r}")
+        raise BadRow("prompt", f"its tokens {alone!r} are not the first tokens of prompt and response together, {together!r}")
     merged = shared < len(prompt)
     prompt, responses = prompt[:shared], [ids[shared:] for ids in whole]
     for name, ids in enumerate(responses):

@@ -74,7 +74,7 @@ class HeadLayer:
 
 
 def _not_begun(linear: nn.Linear, hidden: Tensor) -> Tensor:
-    raise RuntimeError("model: its head ran in no forward of the module given for log-probs; wanted a call of that very module")
+    raise RuntimeError("model: the head did not run in a forward of the module given for log-probs; wanted a call of that module")
 
 
 def _is_plain(module: nn.Module) -> bool:

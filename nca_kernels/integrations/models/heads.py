@@ -265,7 +265,7 @@ class _Swap:
         _FOUND.pop(self.core, None)
         if self.repeating:
             raise ValueError(
-                f"model: what becomes of the output of {self.head.kind} changes from call to call. Use token_logps on the logits"
+                f"model: the map from the output of {self.head.kind} to .logits changes. Use token_logps on the logits"
             )
         self.repeating = True
         try:

@@ -60,6 +60,6 @@ def _load(kind: Any, what: str, name: str, keywords: dict[str, object]) -> Any:
     try:
         return kind.from_pretrained(name, **keywords)
     except (OSError, ValueError) as error:
-        raise type(error)(f"{what}: {name!r} is no folder or hub name that loads: {error}") from error
+        raise type(error)(f"{what}: {name!r} cannot be loaded as a folder or hub name: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{what}: a file of weights of {name!r} is damaged or cut off: {error}") from error

@@ -103,7 +103,7 @@ class NCAConfig(TrainingArguments):
     average: bool = _option(False, "average log-probs over a response's tokens")
     share_prompt: bool = _option(False, "compute each prompt once for all its responses")
     max_length: int | None = _option(1024, "the most tokens of a prompt with a response; None: no limit")
-    max_prompt_length: int | None = _option(None, "what the prompt keeps at least; None: half of max_length")
+    max_prompt_length: int | None = _option(None, "fewest tokens that the prompt keeps; None: half of max_length")
     chat_template_kwargs: dict[str, Any] | None = _option(None, "further variables of the chat template")
     skip_bad_rows: bool = _option(False, "leave out rows that cannot be used")
     kto_threshold: float | None = _option(None, "least score of a desirable response, for kto; None: labels or the sign")
@@ -158,7 +158,9 @@ class NCAConfig(TrainingArguments):
             raise ValueError("remove_unused_columns: got True, wanted False: it would remove prompts, responses and scores")
         super().__post_init__()
         if self.accelerator_config.dispatch_batches:  # type: ignore[union-attr]  # an AcceleratorConfig by now
-            raise ValueError("accelerator_config: got dispatch_batches True, wanted False: ragged batches cannot be dealt out")
+            raise ValueError(
+                "accelerator_config: got dispatch_batches True, wanted False: batches of unequal K cannot be split among processes"
+            )
         if self.reference_cache_dir is None:
             self.reference_cache_dir = os.environ.get("NCA_KERNELS_CACHE", os.path.join(self.output_dir, "_reference_cache"))
         if self.process_index == 0:

@@ -80,11 +80,11 @@ def warn_of_losses(policy: nn.Module, learning_rate: float) -> None:
     low = {str(p.dtype) for p in policy.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     if low:
         logger.warning(
-            "model: trains weights in %s, which round steps of %g away; wanted float32 (bf16=True computes in bfloat16 still)",
+            "model: trains weights in %s, which round steps of %g to 0; wanted float32 (bf16=True still computes in bfloat16)",
             *(" and ".join(sorted(low)), learning_rate),
         )
     if getattr(causal_lm(policy).config.get_text_config(), "output_router_logits", False):
-        logger.warning("model: output_router_logits is set; the loss that balances its experts is no part of this one")
+        logger.warning("model: output_router_logits is set; the loss that balances its experts is not added to this one")
 
 
 def vocabulary_of(model: nn.Module) -> int:

@@ -180,7 +180,7 @@ class ResumableTrainer(Trainer):
 
     def _accepted(self, found: Checkpoint) -> Path:
         if not found.folder.is_dir():
-            raise ValueError(f"resume_from_checkpoint: got {found.folder}, which is no folder")
+            raise ValueError(f"resume_from_checkpoint: got {found.folder}, which is not a folder")
         if found.problem is not None:
             raise ValueError(f"resume_from_checkpoint: {found.folder} is not whole: {found.problem}")
         if found.another_run is not None:
