@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     vocab_start: int  # the first column of this head
     vocab_total: int  # the columns of all ranks
     group: str  # the process group of a vocabulary-parallel head, "" for none
-    mode: str  # which inputs need a gradient: "none"; "frozen": hidden alone; "trained": weight or bias
+    mode: str  # "none": no gradient; "frozen": hidden's alone, computed in forward; "trained": any, computed in backward
     save_budget: int  # bytes of logits kept from forward to backward
     skip_mass: float  # the probability that backward may leave out of a row
 

@@ -26,8 +26,9 @@ from .tiles import ProductSum, Tiling, aligned, product, split
 # More slices leave out more of the logits and take more gathers (docs/tuning.md).
 SLICES = 32
 
-# What stands for an ignored label. A label is replaced by its column's place in the order, which may be any number from 0 on.
-_IGNORED = -1
+# The label of ignored rows. The other labels are replaced by their columns' places in the order, which may be any number from 0 on,
+# and a label that is no column stays as it is, so that the row kernels find it.
+_IGNORED = -(1 << 62)
 
 
 def slice_width(V: int) -> int:

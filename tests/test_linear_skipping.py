@@ -248,6 +248,16 @@ def test_every_column_is_a_label(ignore_index):
     torch.testing.assert_close(logps, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("label", [-1, -2, 1111])
+def test_a_label_that_is_no_column_is_found(monkeypatch, label):
+    """By the row kernels, too, which alone look at labels on a GPU."""
+    monkeypatch.setattr("nca_kernels.checks.are_read", lambda _: False)
+    hidden, weight, _, labels = _rows("random", 1111)
+    labels[5] = label
+    with pytest.raises(IndexError, match="label"):
+        nca_kernels.linear_token_logps(hidden, weight.requires_grad_(), labels, skip_mass=0.01, backend="cpu")
+
+
 def test_nan_reaches_all_of_its_row_and_of_the_head(kernels):
     """Where the probabilities are NaN, nothing is left out: the gradient of the head shows it, as it does without skip_mass."""
     V = _size(kernels)

@@ -1,8 +1,9 @@
 """Operators of the functions on hidden states: ``hidden [M, D]``, ``weight [V, D]``, ``bias [V]``, ``labels [M]``.
 
-In mode "frozen" (only ``hidden`` needs a gradient) forward computes the derivatives ``u`` and ``w``, which backward scales. In mode
-"trained" backward takes the logits from ``kept`` or computes them again. ``indices`` and ``number`` say which rows have a label
-(:class:`nca_kernels.linear.Rows`), ``order`` and ``stays`` which slices backward computes (:class:`nca_kernels.skipping.Forward`).
+In mode "frozen" (only ``hidden`` needs a gradient, and ``skip_mass`` is 0) forward computes the derivatives ``u`` and ``w``,
+which backward scales. In mode "trained" backward takes the logits from ``kept`` or computes them again. ``indices`` and
+``number`` say which rows have a label (:class:`nca_kernels.linear.Rows`), ``order`` and ``stays`` which slices backward computes
+(:class:`nca_kernels.skipping.Forward`).
 """
 
 from __future__ import annotations
