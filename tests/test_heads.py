@@ -432,6 +432,6 @@ def test_bad_arguments():
         model_logps(model, input_ids, attention_mask, labels.masked_fill(labels > 0, VOCAB))
     outer = nn.Module()
     outer.module = model
-    with pytest.raises(RuntimeError, match="wanted a call of that very module"), logps_for_logits(outer, labels):
+    with pytest.raises(RuntimeError, match="wanted a call of that module"), logps_for_logits(outer, labels):
         model(input_ids)
     assert_restored(model)

@@ -203,7 +203,7 @@ def test_what_a_run_would_lose_in_silence(tmp_path, caplog):
     NCATrainer(tiny("llama").bfloat16(), config(tmp_path, learning_rate=5e-6), scored)
     assert "model: trains weights in torch.bfloat16, which round steps of 5e-06 to 0; wanted float32" in caplog.text
     NCATrainer(tiny("mixtral", output_router_logits=True), config(tmp_path), scored)
-    assert "model: output_router_logits is set; the loss that balances its experts is no part" in caplog.text
+    assert "model: output_router_logits is set; the loss that balances its experts is not added" in caplog.text
 
 
 @pytest.mark.parametrize("K", [2, 3])
