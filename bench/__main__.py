@@ -9,7 +9,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command == "skip" and (options.model or options.text):
             if not (options.model and options.text):
                 parser.error("--model and --text: got one of them, wanted both or neither")
-            cases = [replace(case, model=options.model, text=options.text) for case in cases]
+            cases = [case._replace(model=options.model, text=options.text) for case in cases]
         file = run(options.command, options.device, cases, budget, out)
         print("stored", file)
         if reasons := lacking(schema.load(file)):

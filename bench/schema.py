@@ -154,7 +154,7 @@ def missing(suite: str, case: tuple, status: str) -> dict:
     """The row of a case that could not be set up."""
     texts = {
         "suite": suite,
-        "case": " ".join(map(str, case)),
+        "case": str(case) if hasattr(case, "_fields") else " ".join(map(str, case)),
         "pass": "",
         "dtype": "",
         "implementation": OURS,

@@ -7,10 +7,9 @@ held-out text are measured, each with all rows and with those whose entropy is b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ EXPONENTS = (6, 8, 10, 12)  # skip_mass is 2 to minus these powers
 SOURCES = ("held-out text", "own samples")
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Which rows of which model; ``model`` and ``text`` are paths, empty for the model that is trained here."""
 
     source: str

@@ -41,6 +41,7 @@ def trained() -> tuple[LlamaForCausalLM, Tensor]:
     return model, _ids(tokenizer, sources()[1])
 
 
+@torch.enable_grad()
 def _train() -> tuple[LlamaForCausalLM, ByteLevelBPETokenizer]:
     files, _ = sources()
     tokenizer = ByteLevelBPETokenizer()

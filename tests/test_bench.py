@@ -17,7 +17,7 @@ from tiny import save_tiny_model
 
 import nca_kernels
 from bench import __main__ as command
-from bench import group, memory, plot, schema, skip, step, step_data, step_ways, syncs, tune
+from bench import group, memory, plot, schema, skip, skip_model, step, step_data, step_ways, syncs, tune
 from bench.cases import Implementation, Unsupported
 from bench.measure import Budget, measure
 from bench.summary import lacking, summary
@@ -91,6 +91,16 @@ def test_skip_measures_a_model_over_text(tmp_path, figures):
     assert 0 < shares[0] <= shares[-1] <= 1
     plot.plot(tmp_path, tmp_path / "img")
     assert len(figures) == len(list((tmp_path / "img").glob("*.png"))) > 0 and not any(map(_overlaps, figures))
+
+
+def test_skip_trains_its_own_model(tmp_path, monkeypatch):
+    files = [Path(__file__), Path(skip.__file__)]
+    monkeypatch.setattr(skip, "LENGTH", 32)
+    for name, value in {"VOCAB": 300, "WIDTH": 16, "LAYERS": 1, "STEPS": 2, "sources": lambda: (files[:1], files)}.items():
+        monkeypatch.setattr(skip_model, name, value)
+    _, status = _run("skip", tmp_path, [skip.Case(source, False) for source in skip.SOURCES])
+    assert {("nca_kernels cpu", "ok"), ("nca_kernels cpu, skip_mass 2^-6", "ok"), ("plain", "ok")} <= status
+    assert not [row for row in status if row[1].startswith("failed")]
 
 
 def _overlaps(figure):
