@@ -93,7 +93,7 @@ def test_skip_measures_a_model_over_text(tmp_path, figures):
     assert len(figures) == len(list((tmp_path / "img").glob("*.png"))) > 0 and not any(map(_overlaps, figures))
 
 
-def test_skip_trains_its_own_model(tmp_path, monkeypatch):
+def test_skip_trains_its_own_model(tmp_path, monkeypatch, default_dispatch):
     files = [Path(__file__), Path(skip.__file__)]
     monkeypatch.setattr(skip, "LENGTH", 32)
     for name, value in {"VOCAB": 300, "WIDTH": 16, "LAYERS": 1, "STEPS": 2, "sources": lambda: (files[:1], files)}.items():
