@@ -35,8 +35,8 @@ def linear_token_logps(
     ``logits = hidden @ weight.T + bias``, which are never held as ``[N, T, V]``.
 
     The cost is 1 GEMM without a gradient, 2 if only ``hidden`` needs one (the head is frozen), and 4 if the head is trained, down
-    to 3 as ``save_budget`` grows. Ignored positions cost no arithmetic. With ``skip_mass`` it is 1 + 3 f, where f is the share of
-    the logits that backward computes.
+    to 3 as ``save_budget`` grows. Ignored positions cost no arithmetic. With ``skip_mass`` it is 1 + 3 f for a trained head and
+    1 + 2 f for a frozen one, where f is the share of the logits that backward computes.
 
     Args:
         hidden: ``[N, T, D]`` or ``[M, D]``, any leading dimensions; float32, bfloat16 or float16 (float64 on
