@@ -110,15 +110,20 @@ def backward(
     dweight = memory.empty(head.weight.shape if needs[1] else (0,), x.dtype, x.device)
     dbias = x.new_empty(len(head.weight) if needs[2] else 0)
     ones = x.new_ones((1, len(x)))
+    # One buffer each for all slices and blocks: malloc may hold on to freed ones.
+    most, D = min(len(x), tiling.rows), x.shape[1]
+    gathered = x.new_empty((most, D))
+    addends = dx.new_empty((most, D) if needs[0] else (0,))
+    dpieces = x.new_empty((min(len(head.weight), slice_width(len(head.weight))), D) if needs[1] else (0,))
     for columns, staying in zip(tiling.slices, _staying(stays[:, : len(x)]), strict=True):
         piece, whole = ordered.piece(columns)
         parts = split(len(staying), tiling.rows)
-        dpiece = x.new_zeros((whole.stop, x.shape[1]) if needs[1] else (0,))
+        dpiece = dpieces[: whole.stop].zero_()
         dpiece_bias = x.new_zeros((1, whole.stop) if needs[2] else (0,))
         weight_sum, bias_sum = ProductSum(dpiece, len(parts)), ProductSum(dpiece_bias, len(parts))
         for part in parts:
             some = staying[part]
-            of_some = x.index_select(0, some)
+            of_some = torch.index_select(x, 0, some, out=gathered[: len(some)])
             logits = tiling.tile(slice(0, len(some)), columns)
             if tiling.keeps(columns):
                 torch.index_select(tiling.store[:, columns], 0, some, out=logits)
@@ -128,7 +133,7 @@ def backward(
             piece.dlogits(gradient, logits, places.index_select(0, some), stats.index_select(1, some), whole, out=logits)
             dlogits = tiling.operand(logits)
             if needs[0]:
-                addend = dx.new_empty((len(some), x.shape[1]))
+                addend = addends[: len(some)]
                 product(dlogits, piece.weight, out=addend)
                 dx.index_add_(0, some, addend)
             if needs[1]:
