@@ -33,7 +33,7 @@ def world():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         problems = SUMS.draw(80, generator)
-        responses = samples.sample(model, SUMS.prompts(problems), 4, 4, generator)
+        responses = samples.sample(model, SUMS.prompts(problems), 4, 4, generator).tokens
         return model, samples.prefer(model, SUMS, problems, responses, SUMS.rewards(problems, responses), "logits")
 
 
@@ -73,7 +73,7 @@ def test_samples_follow_the_model(world):
     prompts = SUMS.prompts(SUMS.draw(5, torch.Generator().manual_seed(1)))
     for seed in (2, None):
         generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
-        drawn = samples.sample(model, prompts, K, 4, generators[0]).flatten(0, 1)
+        drawn = samples.sample(model, prompts, K, 4, generators[0]).tokens.flatten(0, 1)
         rows = prompts.repeat_interleave(K, 0)
         for _ in range(4):
             logits = model(rows).logits[:, -1]

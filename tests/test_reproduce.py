@@ -21,7 +21,7 @@ from nca_kernels.experiments import annotators, inference, optimum, reproduce, r
 from nca_kernels.experiments.align import Method
 from nca_kernels.experiments.questions import DPO, DPO_ALL, NCA, QUESTIONS, SFT
 from nca_kernels.experiments.reproduce import QUICK, Scale
-from nca_kernels.experiments.samples import log_ratios, response_logps, scored_samples
+from nca_kernels.experiments.samples import response_logps, sampled_logps, scored_samples
 from nca_kernels.experiments.search import RANGES, TUNING_SEEDS, draws
 from nca_kernels.experiments.tasks import CHARS, TASKS
 from nca_kernels.experiments.teach import build_model, sequences
@@ -120,14 +120,16 @@ def test_the_optimum_fits_itself(loss):
     assert half["slope"] == pytest.approx(0.5) and half["deviation"] > 0.4
 
 
-def test_log_ratios_with_prompts_computed_once_are_those_of_whole_rows(exact_world):
+def test_log_probs_of_samples_are_those_of_whole_rows(exact_world):
+    """Also where responses agree in part, and under another model than their own."""
     model, reference = build_model(7, 16), exact_world.reference
     task, problems = TASKS["sums"], exact_world.test
-    responses, _ = scored_samples(model, task, problems, 3, torch.Generator().manual_seed(0))
-    rows, labels = sequences(task.prompts(problems), responses)
-    whole = response_logps(model, rows, labels, "logits") - response_logps(reference, rows, labels, "logits")
-    assert whole.abs().max() > 0.1
-    torch.testing.assert_close(log_ratios(model, reference, task, problems, responses), whole, rtol=0, atol=2e-5)
+    prompts = task.prompts(problems)
+    responses, _ = scored_samples(model, task, problems, 9, torch.Generator().manual_seed(0))
+    assert (responses.tokens[:, :1, 0] == responses.tokens[:, 1:, 0]).any(), "some responses to a prompt begin alike"
+    rows, labels = sequences(prompts, responses.tokens)
+    for whose, logps in ((model, responses.logps), (reference, sampled_logps(reference, prompts, responses.tokens))):
+        torch.testing.assert_close(logps, response_logps(whose, rows, labels, "logits"), rtol=0, atol=2e-5)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

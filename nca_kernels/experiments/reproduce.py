@@ -58,10 +58,11 @@ def run(what: str, out: Path, quick: bool = False, workers: int = 0) -> None:
     scale = QUICK if quick else Scale()
     names = list(QUESTIONS) if what == "all" else [what]
     out.mkdir(parents=True, exist_ok=True)
+    # Together, since the questions share worlds, and making a world takes longer than a run.
+    outcomes = compare(dict.fromkeys(c for name in names for c in QUESTIONS[name].contenders), out / "runs", scale, workers)
     for name in names:
         question = QUESTIONS[name]
-        outcomes = compare(question.contenders, out / "runs", scale, workers)
-        report(name, question, outcomes, out)
+        report(name, question, {contender: outcomes[contender] for contender in question.contenders}, out)
 
 
 def report(name: str, question: Question, outcomes: Outcomes, out: Path) -> None:

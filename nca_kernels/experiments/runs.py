@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from . import optimum
 from .align import Curves, Method, align
-from .samples import log_ratios, response_logps, scored_samples
+from .samples import response_logps, sampled_logps, scored_samples
 from .tasks import TASKS
 from .world import WORLDS, Size, World, make_world
 
@@ -95,7 +95,7 @@ def execute(settings: Settings) -> dict[str, Any]:
     samples = SAMPLES[settings.split]
     responses, rewards = scored_samples(model, task, problems, samples, torch.Generator().manual_seed(settings.seed))
     if settings.split == "test":
-        kl = log_ratios(model, world.reference, task, problems, responses)
+        kl = responses.logps - sampled_logps(world.reference, task.prompts(problems), responses.tokens)
         record |= {"kl": round(kl.mean().item(), 5), "kl_error": _error(kl)}
     if settings.world == "chains":
         record["greedy_reward"] = round(scored_samples(model, task, problems, 1, None)[1].mean().item(), 5)

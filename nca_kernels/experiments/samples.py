@@ -5,8 +5,9 @@ The reward is a known function of a response (:mod:`~nca_kernels.experiments.tas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,28 +22,57 @@ from .teach import IGNORED, sequences
 ROWS = 512
 
 
+class Responses(NamedTuple):
+    """K responses to each of n prompts."""
+
+    tokens: Tensor  # [n, K, length]
+    logps: Tensor  # [n, K], under the model that computed them
+
+
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, generator: torch.Generator | None) -> Tensor:
-    """K responses of ``length`` tokens to each prompt, [n, K, length]; the prompt is computed once.
+def sample(model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, generator: torch.Generator | None) -> Responses:
+    """K responses of ``length`` tokens to each prompt.
 
     They are drawn at temperature 1, or are the likeliest tokens if ``generator`` is None.
     """
 
-    def draw(logits: Tensor) -> Tensor:
+    def draw(logits: Tensor, place: int) -> Tensor:
         if generator is None:
             return logits.argmax(-1, keepdim=True)
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
-    responses = []
-    for batch in prompts.split(max(ROWS // K, 1)):
-        cache = DynamicCache(config=model.config)
-        logits = model(batch, past_key_values=cache).logits[:, -1].repeat_interleave(K, dim=0)
-        cache.batch_repeat_interleave(K)
-        drawn = [draw(logits)]
-        while len(drawn) < length:
-            drawn.append(draw(model(drawn[-1], past_key_values=cache).logits[:, -1]))
-        responses.append(torch.cat(drawn, dim=1).view(len(batch), K, length))
-    return torch.cat(responses)
+    parts = [_respond(model, batch, K, length, draw) for batch in prompts.split(max(ROWS // K, 1))]
+    return Responses(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def sampled_logps(model: LlamaForCausalLM, prompts: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probs [n, K] of responses [n, K, length], which may be another model's."""
+    _, K, length = tokens.shape
+    logps = []
+    for batch, drawn in zip(prompts.split(max(ROWS // K, 1)), tokens.split(max(ROWS // K, 1)), strict=True):
+        rows = drawn.flatten(0, 1)
+        logps.append(_respond(model, batch, K, length, lambda _, place, rows=rows: rows[:, place : place + 1]).logps)
+    return torch.cat(logps)
+
+
+def _respond(model: LlamaForCausalLM, prompts: Tensor, K: int, length: int, choose: Callable[[Tensor, int], Tensor]) -> Responses:
+    """Responses whose tokens ``choose`` picks from logits [n K, V] for a place in the response.
+
+    Prompts are computed once, and so are responses to a prompt as far as they agree.
+    """
+    cache = DynamicCache(config=model.config)
+    logits = model(prompts, past_key_values=cache).logits[:, -1]
+    row = torch.arange(len(prompts)).repeat_interleave(K)  # of the cache, for each response
+    tokens = [choose(logits[row], 0)]
+    logps = logits.log_softmax(-1)[row].gather(1, tokens[0])
+    while len(tokens) < length:
+        different, row = torch.unique(torch.stack([row, tokens[-1][:, 0]], dim=1), dim=0, return_inverse=True)
+        cache.batch_select_indices(different[:, 0])
+        logits = model(different[:, 1:], past_key_values=cache).logits[:, -1]
+        tokens.append(choose(logits[row], len(tokens)))
+        logps = logps + logits.log_softmax(-1)[row].gather(1, tokens[-1])
+    return Responses(torch.cat(tokens, dim=1).view(len(prompts), K, length), logps.view(len(prompts), K))
 
 
 @dataclass(frozen=True)
@@ -101,30 +131,7 @@ def prefer(model: LlamaForCausalLM, task: Task, problems: Tensor, responses: Ten
 
 def scored_samples(
     model: LlamaForCausalLM, task: Task, problems: Tensor, K: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """K samples of each problem, or without a generator the likeliest tokens, [n, K, R], and their rewards, [n, K]."""
+) -> tuple[Responses, Tensor]:
+    """K samples of each problem, or without a generator the likeliest tokens, and their rewards, [n, K]."""
     responses = sample(model, task.prompts(problems), K, task.answers(problems).shape[1], generator)
-    return responses, task.rewards(problems, responses)
-
-
-@torch.no_grad()
-def log_ratios(model: LlamaForCausalLM, reference: LlamaForCausalLM, task: Task, problems: Tensor, responses: Tensor) -> Tensor:
-    """``logp - ref_logp`` [n, K] of responses [n, K, R]; each prompt is computed once.
-
-    For samples of ``model`` the mean is an unbiased estimate of KL(model || reference).
-    """
-    K = responses.shape[1]
-    ratios = []
-    for prompts, drawn in zip(task.prompts(problems).split(ROWS // K), responses.split(ROWS // K), strict=True):
-        rows = drawn.flatten(0, 1)
-        logps, ref_logps = (sequence_logps(_next_token_logits(policy, prompts, rows, K), rows) for policy in (model, reference))
-        ratios.append((logps - ref_logps).view(-1, K))
-    return torch.cat(ratios)
-
-
-def _next_token_logits(model: LlamaForCausalLM, prompts: Tensor, rows: Tensor, K: int) -> Tensor:
-    """The logits that predict each token of the K responses ``rows`` [n K, R] to each of ``prompts``, [n K, R, V]."""
-    cache = DynamicCache(config=model.config)
-    first = model(prompts, past_key_values=cache).logits[:, -1:].repeat_interleave(K, dim=0)
-    cache.batch_repeat_interleave(K)
-    return torch.cat([first, model(rows[:, :-1], past_key_values=cache).logits], dim=1)
+    return responses, task.rewards(problems, responses.tokens)

@@ -94,9 +94,9 @@ def make_world(kind: Kind, seed: int, size: Size, *, path: str = "linear", progr
                 taught_model(kind.task, seed + 10_000 * i, size.hidden_size, target, taught, progress)[0]
                 for i, target in enumerate(kind.writers, start=1)
             ]
-            responses = torch.cat([sample(model, prompts, 1, length, generator) for model in models], dim=1)
+            responses = torch.cat([sample(model, prompts, 1, length, generator).tokens for model in models], dim=1)
         else:
-            responses = sample(reference, prompts, size.responses, length, generator)
+            responses = sample(reference, prompts, size.responses, length, generator).tokens
         scores = kind.annotator(task.rewards(problems, responses), responses, noise)
         return prefer(reference, task, problems, responses, scores, path)
 
