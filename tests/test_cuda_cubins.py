@@ -33,6 +33,10 @@ ARITHMETIC = {"FMUL", "FADD", "FFMA", "FMNMX", "MUFU"}
 CASES = [(stem, arch) for stem in STEMS for arch in ARCHS]
 
 
+def test_the_wheel_holds_code_for_every_gpu_that_is_checked():
+    assert f"CUDA_ARCHS = {ARCHS}".replace("'", '"') in (CSRC.parent / "setup.py").read_text()
+
+
 def find_nvcc() -> str | None:
     cuda_home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(cuda_home, "bin"))) if cuda_home else shutil.which("nvcc")

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import nca_kernels
-from nca_kernels import linear
+from nca_kernels import linear, tiles
 from nca_kernels.backends import BACKENDS
 from nca_kernels.tiles import Tiling, aligned, multiplies_wide, split, tile_shape
 
@@ -146,6 +146,23 @@ def test_float16_sums_are_no_float32_products(monkeypatch):
         torch.backends.cuda.matmul.allow_fp16_accumulation = False
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not multiplies_wide(brain)
+
+
+def test_a_frozen_heads_gradient_is_a_float32_product(monkeypatch):
+    """With bfloat16 output PyTorch may add partial sums in bfloat16 where it splits a long sum."""
+    outputs = []
+
+    def mm(a, b, out_dtype=None, out=None):
+        outputs.append((tuple(out.shape), out_dtype))
+        return out.copy_(a.float() @ b.float())
+
+    hidden = torch.randn(12, 16).bfloat16().requires_grad_()
+    weight, labels = torch.randn(131, 16).bfloat16(), torch.randint(131, (12,))
+    # As on a GPU, which has such products.
+    monkeypatch.setattr(tiles, "multiplies_wide", lambda _: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    nca_kernels.linear_token_logps(hidden, weight, labels, backend="cpu").sum().backward()
+    assert ((12, 16), torch.float32) in outputs
 
 
 def test_strides_of_dimensions_of_size_one_do_not_count(monkeypatch):

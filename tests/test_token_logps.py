@@ -60,6 +60,20 @@ def test_scale_and_softcap(target, dtype, scale, softcap):
     _check(target, logits, labels, dtype, scale=scale, softcap=softcap)
 
 
+@pytest.mark.parametrize(
+    "function", [nca_kernels.token_logps, nca_kernels.token_stats, nca_kernels.linear_token_logps, nca_kernels.linear_token_stats]
+)
+def test_a_temperature_beside_a_softcap(function):
+    """The softcap belongs to the model and comes first: the documented arguments give ``c tanh(z / c) / t``."""
+    assert "scale = 1 / t, softcap = c / t" in nca_kernels.token_logps.__doc__, "the other functions refer to it"
+    t, c, hidden, weight = 0.5, 3.0, 4 * torch.eye(7), 2 * torch.randn(7, 7)
+    logits, labels = hidden @ weight.T, torch.randint(7, (7,))
+    wanted = (c * (logits / c).tanh() / t).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    inputs = (hidden, weight) if function.__name__.startswith("linear") else (logits,)
+    ours = function(*inputs, labels, scale=1 / t, softcap=c / t)
+    torch.testing.assert_close(getattr(ours, "logps", ours), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_large_logits(target, dtype):
     """With rows scaled by 1e4, a float32 log-sum-exp is off by 1e-3, but a separate maximum and sum are exact."""
