@@ -247,7 +247,8 @@ def test_every_question_has_its_table(name, invented, tmp_path):
     outcomes, _ = invented
     question = QUESTIONS[name]
     reproduce.report(name, question, {contender: outcomes[contender] for contender in question.contenders}, tmp_path)
-    header, _, *rows = (tmp_path / f"{name}.md").read_text().strip().splitlines()
+    table, _, _ = (tmp_path / f"{name}.md").read_text().partition("\n\n")  # a line about the question as a whole may follow
+    header, _, *rows = table.splitlines()
     assert rows and all(row.count("|") == header.count("|") for row in rows)
     assert (tmp_path / f"{name}.png").exists() == (question.draw is not None)
 
@@ -255,7 +256,7 @@ def test_every_question_has_its_table(name, invented, tmp_path):
 def test_table1_is_what_the_files_say(invented):
     outcomes, _ = invented
     table = QUESTIONS["table1"].table({contender: outcomes[contender] for contender in QUESTIONS["table1"].contenders})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
     row = next(dict(zip(rows[0], row, strict=True)) for row in rows if row[:2] == ["writers", "NCA, K = 4"])
     ours, dpo, every, start = (outcomes[replace(c, world="writers")].values("reward") for c in (NCA[4], DPO, DPO_ALL, SFT))
     gaps = np.subtract(ours, every)
@@ -263,6 +264,7 @@ def test_table1_is_what_the_files_say(invented):
     assert row["less DPO x C(4,2)'s"] == f"{gaps.mean():+.4f} [{gaps.mean() - half:+.4f}, {gaps.mean() + half:+.4f}]"
     assert row["less DPO's"].startswith(f"{np.subtract(ours, dpo).mean():+.4f}")
     assert row["less SFT's"].startswith(f"{np.subtract(ours, start).mean():+.4f}")
+    assert "Above 0 with Holm's correction for 16 differences: " in table
 
 
 # --- intervals and answers -------------------------------------------------------------------------------------------
@@ -284,6 +286,21 @@ def test_answers(mean, half, delta, wanted):
 
 def test_a_single_seed_answers_nothing():
     assert inference.answer(inference.interval([0.5]), 0.003) == "cannot tell"
+    assert inference.p_value([0.5], [0.1]) == 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_the_p_value_is_5_percent_where_the_interval_ends_at_0(n):
+    values = list(np.random.default_rng(n).normal(0, 1, n))
+    found = inference.interval(values)
+    for end in (found.low, found.high):
+        assert inference.p_value(values, [end] * n) == pytest.approx(0.05, rel=1e-3)
+    assert inference.p_value(values, values) == 1 and inference.p_value([2.0] * n, [1.0] * n) == 0
+
+
+def test_holms_correction():
+    assert inference.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert inference.holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
 
 
 def test_the_share_has_an_interval_over_settings():

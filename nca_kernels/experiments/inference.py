@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
@@ -47,6 +48,31 @@ def answer(difference: Interval, delta: float) -> str:
     if difference.low > 0:
         return "yes"
     return "no" if difference.high < max(delta, 0.0) else "cannot tell"
+
+
+def p_value(values: list[float], others: list[float]) -> float:
+    """The two-sided p-value of the paired t-test; ``values`` and ``others`` have one value per seed. 1 for a single seed."""
+    difference = np.subtract(values, others)
+    n = len(difference)
+    spread = difference.std(ddof=1) / n**0.5 if n > 1 else np.inf
+    if not spread:
+        return float(not difference.any())
+
+    def area(start: float) -> float:
+        # With t = sqrt(n - 1) tan(angle), Student's density is proportional to cos(angle) ** (n - 2).
+        angles = start + (np.pi / 2 - start) * (np.arange(10_000) + 0.5) / 10_000
+        return float((np.cos(angles) ** (n - 2)).sum() * (np.pi / 2 - start))
+
+    return area(float(np.arctan(abs(difference.mean()) / spread / max(n - 1, 1) ** 0.5))) / area(0.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values with Holm's correction for their number, in the given order."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(p_values)):
+        least = max(least, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
 
 
 def share_above(groups: list[list[bool]], draws: int = 10_000) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ import numpy as np
 from ..loss_table import LOSSES
 from .align import Method
 from .figure import draw_lines, draw_points
-from .inference import Interval, answer, interval, paired, share_above
+from .inference import Interval, answer, holm, interval, p_value, paired, share_above
 from .search import Contender
 
 
@@ -90,8 +90,19 @@ def _delta(outcomes: Outcomes, world: str) -> float:
     return max(0.003, (mean(every) - mean(dpo)) / 2)
 
 
+def _as_a_whole(asked: dict[str, tuple[list[float], list[float]]]) -> str:
+    """Which of a question's differences are above 0 with Holm's correction for all that are asked, as a line of text."""
+    corrected = holm([p_value(*pair) for pair in asked.values()])
+    above = [name for (name, pair), p in zip(asked.items(), corrected, strict=True) if p < 0.05 and mean(pair[0]) > mean(pair[1])]
+    least = min(zip(corrected, asked, strict=True))
+    return (
+        f"\nAbove 0 with Holm's correction for {len(asked)} differences: {', '.join(above) or 'none'} "
+        f"(the smallest corrected p-value is {least[0]:.2g}, of {least[1]}).\n"
+    )
+
+
 def _table1(outcomes: Outcomes) -> str:
-    rows = []
+    rows, whole = [], {}
     for world in NOISY:
         delta = _delta(outcomes, world)
         dpo, every, start = (outcomes[replace(c, world=world)].values("reward") for c in (DPO, DPO_ALL, SFT))
@@ -101,6 +112,8 @@ def _table1(outcomes: Outcomes) -> str:
             reward = outcome.values("reward")
             against = paired(reward, every)
             asked = contender.name in (INFO_NCA[4].name, NCA[4].name)
+            if asked:
+                whole[f"{contender.name} in {world}"] = (reward, every)
             differences = ("", "") if contender.loss is None else (paired(reward, dpo).text(), against.text())
             best = interval([outcome.method.beta * change for change in outcome.moved("chosen")]).text(2) if outcome.method else ""
             rows.append(
@@ -116,21 +129,24 @@ def _table1(outcomes: Outcomes) -> str:
                 )
             )
     header = ("world", "method", "setting", "reward", "less SFT's", "less DPO's", "less DPO x C(4,2)'s", "answer", "r of the best")
-    return markdown(header, rows)
+    return markdown(header, rows) + _as_a_whole(whole)
 
 
 def _table2(outcomes: Outcomes) -> str:
-    rows = []
+    rows, whole = [], {}
     for contender, outcome in outcomes.items():
         if contender.loss == "dpo":
             continue
         family = INFO_NCA if contender.loss == "info_nca" else NCA
         reward = outcome.values("reward")
-        gain = paired(reward, outcomes[replace(family[2], world=contender.world)].values("reward"))
+        fewer = outcomes[replace(family[2], world=contender.world)].values("reward")
+        gain = paired(reward, fewer)
+        if contender.K == 4:
+            whole[f"{contender.name} in {contender.world}"] = (reward, fewer)
         row = (contender.world, contender.name, _parameters(outcome.method), f"{mean(reward):.4f}")
         told = ("", "") if contender.K == 2 else (gain.text(), answer(gain, _delta(outcomes, contender.world)))
         rows.append((*row, *told))
-    return markdown(("world", "method", "setting", "reward", "less that at K = 2", "answer"), rows)
+    return markdown(("world", "method", "setting", "reward", "less that at K = 2", "answer"), rows) + _as_a_whole(whole)
 
 
 def _table3(outcomes: Outcomes) -> str:

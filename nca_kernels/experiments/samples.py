@@ -52,7 +52,11 @@ def sampled_logps(model: LlamaForCausalLM, prompts: Tensor, tokens: Tensor) -> T
     logps = []
     for batch, drawn in zip(prompts.split(max(ROWS // K, 1)), tokens.split(max(ROWS // K, 1)), strict=True):
         rows = drawn.flatten(0, 1)
-        logps.append(_respond(model, batch, K, length, lambda _, place, rows=rows: rows[:, place : place + 1]).logps)
+
+        def given(logits: Tensor, place: int, rows: Tensor = rows) -> Tensor:
+            return rows[:, place : place + 1]
+
+        logps.append(_respond(model, batch, K, length, given).logps)
     return torch.cat(logps)
 
 
