@@ -264,7 +264,7 @@ def test_table1_is_what_the_files_say(invented):
     assert row["less DPO x C(4,2)'s"] == f"{gaps.mean():+.4f} [{gaps.mean() - half:+.4f}, {gaps.mean() + half:+.4f}]"
     assert row["less DPO's"].startswith(f"{np.subtract(ours, dpo).mean():+.4f}")
     assert row["less SFT's"].startswith(f"{np.subtract(ours, start).mean():+.4f}")
-    assert "Above 0 with Holm's correction for 16 differences: " in table
+    assert "With Holm's correction for 16 differences, above 0: " in table
 
 
 # --- intervals and answers -------------------------------------------------------------------------------------------
