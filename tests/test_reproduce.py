@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -316,6 +317,16 @@ def test_the_first_experiments_tables_stay():
     document = (ROOT / "docs" / "experiments.md").read_text()
     for table in sorted((ROOT / "bench" / "results" / "reproduce").glob("*.md")):
         assert table.read_text().strip() in document
+
+
+def test_the_second_experiments_numbers_are_those_of_their_tables():
+    document = (ROOT / "docs" / "experiments.md").read_text()
+    stored = {file.stem: file.read_text() for file in (ROOT / "bench" / "results" / "noisy").glob("*.md")}
+    for name in ("table2", "table3", "optimum"):
+        assert stored[name].partition("\n\n")[0].strip() in document
+    section = document[document.index("## T1:") : document.index("## T2:")]
+    numbers = re.findall(r"[+-]0\.\d{4} \[[^\]]*\]|\b0\.[89]\d{3}\b", section.replace("\n", " "))
+    assert len(numbers) > 70 and all(number in stored["table1"] for number in numbers)
 
 
 def test_the_protocol_names_every_world_and_question():
