@@ -241,13 +241,11 @@ def _share(outcome: Outcome, start: Outcome) -> tuple[float, float, float]:
 
 
 def _draw_differences(outcomes: Outcomes, path: Path) -> None:
+    def rewards(contender: Contender, world: str) -> list[float]:
+        return outcomes[replace(contender, world=world)].values("reward")
+
     points = {
-        f"{world}: {contender.name}": [
-            ours - theirs
-            for ours, theirs in zip(
-                *(outcomes[replace(c, world=world)].values("reward") for c in (contender, DPO_ALL)), strict=True
-            )
-        ]
+        f"{world}: {contender.name}": list(np.subtract(rewards(contender, world), rewards(DPO_ALL, world)))
         for world in NOISY
         for contender in (PAIRWISE_NCA, INFO_NCA[4], NCA[4])
     }
