@@ -322,7 +322,7 @@ def test_the_first_experiments_tables_stay():
 def test_the_second_experiments_numbers_are_those_of_their_tables():
     document = (ROOT / "docs" / "experiments.md").read_text()
     stored = {file.stem: file.read_text() for file in (ROOT / "bench" / "results" / "noisy").glob("*.md")}
-    for name in ("table2", "table3", "optimum", "figure2"):
+    for name in ("table2", "table3", "optimum", "figure2", "frontier"):
         assert stored[name].partition("\n\n")[0].strip() in document
     section = document[document.index("## T1:") : document.index("## T2:")]
     numbers = re.findall(r"[+-]0\.\d{4} \[[^\]]*\]|\b0\.[89]\d{3}\b", section.replace("\n", " "))

@@ -205,16 +205,29 @@ def _at_kl(curve: list[Outcome], seed: int, kl: float) -> float:
 
 
 def _frontier(outcomes: Outcomes) -> str:
-    rows = []
-    for (world, name), curve in _curves(outcomes).items():
-        dpo = _curves(outcomes)[world, DPO.name]
-        seeds = range(len(curve[0].records))
+    curves, rows = _curves(outcomes), []
+    for (world, name), curve in curves.items():
+        dpo, seeds = curves[world, DPO.name], range(len(curve[0].records))
         best = [max((o.records[seed]["reward"], o.records[seed]["kl"]) for o in dpo) for seed in seeds]
+
+        def gain(of: list[Outcome], best: list[tuple[float, float]] = best) -> Interval:
+            return paired([_at_kl(of, seed, kl) for seed, (_, kl) in enumerate(best)], [reward for reward, _ in best])
+
+        delta = max(0.003, gain(curves[world, DPO_ALL.name]).mean / 2)
         top = interval([max(o.records[seed]["reward"] for o in curve) for seed in seeds])
-        gain = paired([_at_kl(curve, seed, best[seed][1]) for seed in seeds], [reward for reward, _ in best])
         error = max(record["kl_error"] for o in curve for record in o.records)
-        rows.append((world, name, top.text(), f"{mean(kl for _, kl in best):.3f}", gain.text(), f"{error:.3f}"))
-    header = ("world", "method", "best reward over beta", "KL of DPO's best", "reward there less DPO's", "largest error of a KL")
+        far = f"{mean(curve[0].values('kl')):.2f}, {mean(curve[0].values('reward')):.3f}"
+        told = (gain(curve).text(), answer(gain(curve), delta)) if name != DPO.name else ("", "")
+        rows.append((world, name, top.text(), f"{mean(kl for _, kl in best):.3f}", *told, far, f"{error:.3f}"))
+    at_equal_kl = ("KL of DPO's best", "reward there less DPO's", "answer")
+    header = (
+        "world",
+        "method",
+        "best reward over beta",
+        *at_equal_kl,
+        f"KL and reward at beta {BETAS[0]:g}",
+        "largest error of a KL",
+    )
     return markdown(header, rows)
 
 
@@ -256,7 +269,7 @@ def _draw_frontier(outcomes: Outcomes, path: Path) -> None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (world, name), curve in _curves(outcomes).items():
         panels.setdefault(world, {})[name] = [(mean(o.values("kl")), mean(o.values("reward"))) for o in curve]
-    draw_lines(panels, "KL(policy || reference), nats", "reward", path)
+    draw_lines(panels, "KL(policy || reference), nats", "reward", path, log_x=True)
 
 
 def _draw_figure2(outcomes: Outcomes, path: Path) -> None:
