@@ -82,14 +82,20 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
+# PyTorch 2.6 and 2.7 have no such function.
+counts_storage_users = hasattr(torch._C, "_storage_Use_Count")
+
+
 def shares_storage(tensor: Tensor) -> bool:
-    """Whether any tensor other than this one and the one that it is a view of uses its memory.
+    """Whether any tensor other than this one and the one that it is a view of uses its memory, or PyTorch cannot tell.
 
     Without it, a gradient written over the logits is read as logits by an operator that saved them under saved-tensor hooks,
     where PyTorch compares no versions.
     """
-    own = 1 if view_base(tensor) is None else 2
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 > own  # the storage object here is a user, too
+    if not counts_storage_users:
+        return True
+    storage = tensor.untyped_storage()  # is a user, too
+    return torch._C._storage_Use_Count(storage._cdata) - 1 > (1 if view_base(tensor) is None else 2)
 
 
 def view_base(tensor: Tensor) -> Tensor | None:
@@ -103,14 +109,34 @@ def view_base(tensor: Tensor) -> Tensor | None:
 def saved_under_hooks(node: object) -> bool:
     """Whether an autograd node has saved one of its outputs under saved-tensor hooks, or a Python function any tensor.
 
+    The caller has declared the logits changed (``increment_version``): a tensor that has no hooks may not be read again after
+    this call.
+
     Without it, a backward under such hooks reads a gradient that was written over the logits: PyTorch compares no versions there.
     """
     for name in _saved_outputs(type(node)):  # type: ignore[arg-type]  # classes are hashable
         saved = getattr(node, name)
-        # A PyTorch without this attribute may have hooks there.
-        if any(getattr(s, "unpack_hook", True) is not None for s in (saved if isinstance(saved, tuple) else (saved,))):
+        if any(_has_hooks(s) for s in (saved if isinstance(saved, tuple) else (saved,))):
             return True
     return False
+
+
+def _has_hooks(saved: Any) -> bool:
+    """Whether a saved tensor has hooks. PyTorch before 2.10 does not tell, but refuses a second pair of hooks."""
+    if hasattr(saved, "unpack_hook"):
+        return saved.unpack_hook is not None
+    try:
+        saved.register_hooks(lambda tensor: None, _refuse)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _refuse(packed: None) -> Tensor:
+    """What PyTorch does without hooks, where it finds a changed version."""
+    raise RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: inplace_backward"
+    )
 
 
 @lru_cache(maxsize=256)

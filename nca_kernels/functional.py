@@ -51,10 +51,11 @@ def token_logps(
         softcap: > 0, or ``None`` for none.
         inplace_backward: the gradient overwrites the storage of ``logits``, which halves the peak memory. Any other operator that
             saved the logits for its backward (another call, a ``tanh`` that made them) gets PyTorch's error on tensors modified in
-            place. The gradient still gets memory of its own in four cases: another tensor shares that storage (other than the one
+            place. The gradient still gets memory of its own in five cases: another tensor shares that storage (other than the one
             that ``logits`` is a view of); saved-tensor hooks (checkpointing, offloading) hold the logits for this call or for the
-            operator that made them; the call is in a compiled graph; ``backend="torch"``. Hooks must not keep the very tensor that
-            they are given, which PyTorch's documentation rules out: another operator's would read the gradient.
+            operator that made them; the call is in a compiled graph; ``backend="torch"``; PyTorch is older than 2.8. Hooks must not
+            keep the very tensor that they are given, which PyTorch's documentation rules out: another operator's would read the
+            gradient.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; ``None`` takes the first that can run the
             call (:func:`explain`).
 

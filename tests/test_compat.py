@@ -91,7 +91,8 @@ def test_tensors_under_vmap_are_told_from_others():
 
 def test_users_of_a_tensors_memory_are_counted():
     whole = torch.ones(2, 3, requires_grad=True) * 1
-    assert not use(_compat.shares_storage, whole) and not use(_compat.shares_storage, whole[:, :2])
+    unknown = not _compat.counts_storage_users  # what cannot be counted may be shared
+    assert use(_compat.shares_storage, whole) == use(_compat.shares_storage, whole[:, :2]) == unknown
     another = whole.detach()
     assert use(_compat.shares_storage, whole) and another.shape == whole.shape
 

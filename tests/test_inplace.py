@@ -10,7 +10,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import nca_kernels
-from nca_kernels import memory
+from nca_kernels import _compat, memory
 
 
 def _keep(saved):
@@ -117,6 +117,43 @@ def test_what_else_reads_the_logits_under_hooks(kernels):
                 beside = logits.square().sum()
             gradients.append(torch.autograd.grad(beside + _loss(logits, labels, inplace, kernels.name), leaf)[0])
         assert torch.equal(*gradients), how
+
+
+class _Silent:
+    """A saved tensor of PyTorch before 2.10, which does not tell its hooks."""
+
+    def __init__(self, saved):
+        self.register_hooks = saved.register_hooks
+
+
+@pytest.mark.parametrize("version", ["2.6", "2.8"])
+def test_older_versions_of_pytorch(kernels, version, monkeypatch):
+    """2.6 does not count who uses a storage, so nothing is overwritten; 2.8 and 2.9 do not tell the hooks of a saved tensor."""
+    if version == "2.8" and not _compat.counts_storage_users:
+        pytest.skip("this PyTorch is older than 2.8")
+    tells_hooks = _compat._has_hooks
+    monkeypatch.setattr(_compat, "_has_hooks", lambda saved: tells_hooks(_Silent(saved)))
+    if version == "2.6":
+        monkeypatch.setattr(_compat, "counts_storage_users", False)
+    leaf, labels = _problem(kernels.device)
+    for how in ("identity", "copied"):
+        for outside in (False, True):
+            with _hooks(how):
+                logits = torch.tanh(leaf)
+                loss = None if outside else _loss(logits, labels, True, kernels.name)
+            loss = _loss(logits, labels, True, kernels.name) if outside else loss
+            (got,) = torch.autograd.grad(loss, leaf)
+            assert torch.equal(got, _wanted("tanh", kernels.name, kernels.device)), (how, outside)
+    logits = leaf * 1.5
+    before, loss = logits.detach().clone(), _loss(logits, labels, True, kernels.name)
+    (got,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert torch.equal(got, _wanted("product", kernels.name, kernels.device))
+    assert torch.equal(logits, before) == (version == "2.6")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaf)
+    for made in (torch.tanh(leaf), torch.softmax(leaf, -1)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(_loss(made, labels, True, kernels.name), leaf)
 
 
 def test_overlapping_rows_are_refused(kernels):

@@ -9,7 +9,7 @@ import torch
 
 import nca_kernels
 from bench.memory import MIB, peak_extra
-from nca_kernels import memory
+from nca_kernels import _compat, memory
 
 SLACK = 6  # MiB: allocator granularity, thread stacks
 
@@ -62,6 +62,7 @@ def test_all_statistics_allocate_one_gradient(problem):
     assert peak < leaf.nbytes / MIB + SLACK
 
 
+@pytest.mark.skipif(not _compat.counts_storage_users, reason="PyTorch before 2.8 does not tell who else reads the logits")
 def test_inplace_backward_allocates_none(problem):
     kernels, leaf, logps = problem
     logits = leaf * 1

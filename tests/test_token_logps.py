@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from oracle import DTYPES, assert_no_worse, plain_token_logps, value_and_grad
 
 import nca_kernels
+from nca_kernels import _compat
 from nca_kernels.segments import sequence_sums
 
 TOL = 1e-6  # beside the yardstick: a few float32 ulp, since peers round differently, not better
@@ -306,7 +307,8 @@ def test_inplace_backward_writes_into_the_logits(kernels, dtype):
     logps = nca_kernels.token_logps(logits[:, :-1], labels, inplace_backward=True, backend=kernels.name)
     (grad,) = torch.autograd.grad(logps, leaf, upstream)
     assert torch.equal(grad, wanted)
-    assert torch.equal(logits[:, :-1], wanted[:, :-1]), "the gradient is not where the logits were"
+    # PyTorch before 2.8 does not tell who else reads the logits.
+    assert torch.equal(logits[:, :-1], wanted[:, :-1]) == _compat.counts_storage_users, "the gradient is not where the logits were"
 
 
 def test_selective_log_softmax_is_trls(default_dispatch):
