@@ -228,7 +228,7 @@ def _column_zero_is_chosen(logps: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 
 
 def _reference_group_loss(arguments: GroupLossArguments) -> GroupLoss:
-    options = arguments._asdict()
+    options = dict(zip(GroupLossArguments._fields, arguments, strict=True))  # PyTorch 2.6 does not trace _asdict()
     reduction = options.pop("reduction")
     del options["backend"]
     losses, rewards = reference.group_loss(**options)

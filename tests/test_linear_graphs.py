@@ -7,6 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import nca_kernels
 
 V, D = 131, 16
+# PyTorch 2.6 compiles anew where a length no longer fits into the budget.
+MOST_GRAPHS = 3 if torch.torch_version.TorchVersion(torch.__version__) < (2, 7) else 2
 LENGTHS = (5, 7, 8, 9, 12, 15, 17, 20, 23, 31, 40, 64)
 
 
@@ -52,7 +54,7 @@ def test_graphs_over_a_dozen_lengths(function, trained, options):
         )
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= MOST_GRAPHS
 
 
 def test_graphs_of_float32_logits():
@@ -64,7 +66,7 @@ def test_graphs_of_float32_logits():
         hidden, labels = _batch(T, torch.bfloat16)
         logps = compiled(hidden, weight, labels, logits_dtype=torch.float32, save_budget=10**4, backend="cpu")
         logps.sum().backward()
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= MOST_GRAPHS
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

@@ -9,7 +9,8 @@ import nca_kernels
 from nca_kernels.segments import sequence_sums
 
 OPS = torch.ops.nca_kernels
-OLD = torch.torch_version.TorchVersion(torch.__version__) < (2, 11)
+VERSION = torch.torch_version.TorchVersion(torch.__version__)
+OLD = VERSION < (2, 11)
 
 
 def _token_arguments(target, dtype=torch.float32, requires_grad=True):
@@ -46,6 +47,11 @@ def test_opcheck_group_loss(kernels):
         )
 
 
+def _compiler(target):
+    """The default, except where PyTorch 2.6 has no code for the gradient of ``gather`` on a CPU."""
+    return "aot_eager" if target.name == "torch" and VERSION < (2, 7) else "inductor"
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_to_one_graph(target, inplace):
     """There is no graph break, and the numbers are the same."""
@@ -61,7 +67,7 @@ def test_compiles_to_one_graph(target, inplace):
 
     torch._dynamo.reset()
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True)):
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=_compiler(target))):
         value = function(logits, labels)
         results.append((value.detach(), *torch.autograd.grad(value, logits)))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
@@ -78,7 +84,7 @@ def test_compiles_once_for_numbers_and_sizes_that_change(target):
         return nca_kernels.info_nca_loss(logps.view(-1, 2), ref_logps, scores, beta=beta, alpha=beta, backend=target.name).loss
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=_compiler(target))
     for T, V, *settings in ((3, 65, 0.1, 1.0, 5.0), (4, 40, 0.2, 0.5, 7.0), (5, 33, 0.3, 0.7, 9.0)):
         logits = torch.randn(2, T, V, device=target.device, requires_grad=True)
         labels = torch.randint(V, (2, T), device=target.device)
