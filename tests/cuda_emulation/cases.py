@@ -1,5 +1,6 @@
 """What only the CUDA kernels promise, on the emulated ones; ``tests/test_cuda_emulated.py`` runs this file."""
 
+import ctypes
 import itertools
 import math
 
@@ -18,6 +19,7 @@ SETTINGS = {"ignore_index": -100, "scale": 1.0, "softcap": None}
 
 cuda = NativeBackend("cuda")
 cuda._module = _cuda
+blocks = ctypes.c_uint64.in_dll(ctypes.CDLL(_cuda.__file__), "emulated_blocks")
 
 
 def _forward(logits, labels, vocab_start=0, vocab_total=None):
@@ -172,7 +174,11 @@ def test_more_prompts_than_a_block_has_threads(B):
             label_smoothing=0.0, nll_weight=0.0, reduction=reduction, backend="cuda",
         )  # fmt: skip
         assert arguments.wants_several_blocks() == (B * 4 * 4 > 2**15)
+        before = blocks.value
         cuda.group_loss_fwd(arguments, losses[reduction], torch.empty(B, 4), grads[reduction])
+        one_each = reduction == "none" or arguments.wants_several_blocks()
+        summing = one_each and reduction != "none"
+        assert blocks.value - before == (-(-B // 128) if one_each else 1) + summing
     assert (losses["none"] > 0).all()
     total = losses["none"].double().sum()
     assert losses["sum"].item() == pytest.approx(total.item(), rel=1e-7)

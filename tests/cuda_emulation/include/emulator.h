@@ -20,6 +20,10 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+// How many blocks have run in all. The tests read it from the extension, whose other names are hidden.
+extern "C" {
+__attribute__((visibility("default"))) inline std::uint64_t emulated_blocks = 0;
+}
 
 namespace emulated {
 
@@ -122,6 +126,7 @@ void launch(dim3 grid, dim3 block, Kernel kernel, const Argument& argument) {
   thread_body = [&] { kernel(argument); };
   fibers.resize(threads);
   for (blockIdx = dim3(0); blockIdx.x < grid.x; ++blockIdx.x) run_block();
+  emulated_blocks += grid.x;
 }
 
 }  // namespace emulated
