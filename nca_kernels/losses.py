@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -228,7 +228,8 @@ def _column_zero_is_chosen(logps: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 
 
 def _reference_group_loss(arguments: GroupLossArguments) -> GroupLoss:
-    options = dict(zip(GroupLossArguments._fields, arguments, strict=True))  # PyTorch 2.6 does not trace _asdict()
+    # PyTorch 2.6 does not trace _asdict().
+    options: dict[str, Any] = dict(zip(GroupLossArguments._fields, arguments, strict=True))
     reduction = options.pop("reduction")
     del options["backend"]
     losses, rewards = reference.group_loss(**options)
